@@ -1,0 +1,399 @@
+"""Measured tilt series: what an array of a file means, and the common region of a specimen's modalities.
+
+`read_series` describes a series as it lies in its file; `prepare` aligns, crops and bins several together.
+What does not fit is answered by a DataError: one sentence with the file, the cause and the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from engine.data import DataError, TiltSeries, Units
+from engine.files import Contents, meant, open_file, reading
+
+ORDER = ("element", "tilt", "y", "x")
+# A side window holds a tenth of a count per pixel: one pixel of it says nothing about its own background. For
+# seven lines of an interplanetary dust particle, Gaussians of 3 to 6 pixels over half the counts of the side
+# windows predicted the other half best, by 580 to 6,800 of Poisson deviance better than each image's mean.
+SMOOTHING = 5.0
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A tilt series before it is aligned.
+
+    projections: (element, tilt, y, x) in the file's own type, a view of the file where possible.
+    angles: (tilt,) [deg].
+    shifts: (tilt, 2), how far each image is moved along y and x to align it [pixels].
+    background: (1 or element, 1 or tilt, 1 or y, 1 or x), per pixel, in `units`.
+    pixel_size: [nm], None where the file states none.
+    where: the file and array, for messages.
+    """
+
+    projections: np.ndarray
+    angles: np.ndarray
+    elements: tuple[str, ...]
+    units: Units
+    shifts: np.ndarray
+    background: np.ndarray
+    pixel_size: float | None
+    where: str
+
+
+def read_series(
+    path: str | Path, *, axes: Sequence[str], angles: Sequence[float] | str, key: str | None = None,
+    root: str | Path = ".", tilts: Sequence[int] | None = None, elements: Mapping[str, Any] | None = None,
+    names_key: str | None = None, shifts: Sequence[Sequence[float]] | str | None = None,
+    shift_axes: Sequence[str] = ("y", "x"), background: Any = None, units: Units = "counts",
+) -> Recording:
+    """A tilt series from a file.
+
+    path: the file, relative to `root`. key: the array in it.
+    axes: the array's axes in its own order, of element, tilt, y, x; x is the tilt axis.
+    angles: [deg] a list, "key:NAME" of an array, or a file (.rawtlt, .tlt, .txt) relative to `root`.
+    tilts: indices of the projections to use; angles, shifts and backgrounds are given for all of them.
+    elements: None for HAADF. With `names_key`, the name of an array of names, a map is found by its element's
+        name, or several are summed: {Pt: {lines: [PtL, PtM]}}. Without it maps are in the order of the
+        elements, or {Fe: {index: 8}}. An atomic number in place of the mapping is accepted and not looked at.
+    shifts: (tilt, 2) or "key:NAME" [pixels]: an image is moved by +shift to align it.
+    shift_axes: along what; "-x" for a shift that is counted against x.
+    background: a number, one per tilt, (element, tilt) numbers, or {key, scale_key, smooth, factor} for side
+        windows of a spectrum.
+    """
+    if units not in get_args(Units):
+        raise DataError(f"{path}: units {units!r}{meant(units, get_args(Units))} are not known; "
+                        f"give one of {', '.join(get_args(Units))}")
+    contents = open_file(Path(root, path))
+    name = contents.name(key)
+    where = _where(contents, name)
+    array = arrange(_numbers(contents, name), axes, ORDER, where)
+    maps, count = array.shape[:2]
+    groups = _groups(elements, _names(contents, names_key, maps), maps, where)
+    names = tuple(elements) if elements else ("HAADF",)
+    used = _used(tilts, count, where)
+    level = _background(background, contents, axes, array.shape, groups, names)
+    return Recording(
+        projections=_pick(array, groups, used), angles=read_angles(angles, contents, root, count)[used],
+        elements=names, units=units, shifts=_shifts(shifts, shift_axes, contents, count)[used],
+        background=level[:, used] if level.shape[1] == count else level,
+        pixel_size=contents.pixels.get(name), where=where)
+
+
+def read_angles(angles: Sequence[float] | str, source: Contents | str | Path, root: str | Path = ".",
+                count: int | None = None) -> np.ndarray:
+    """(tilt,) [deg] from a list, "key:NAME" of an array of the source, or a file relative to `root`."""
+    if isinstance(angles, str) and not angles.startswith("key:"):
+        where = str(Path(root, angles))
+        if not Path(where).is_file():
+            raise DataError(f"{where}: no such file of angles; check data.root, or give a list or key:NAME")
+        with reading(where):
+            values = np.loadtxt(where, dtype=np.float64, ndmin=1)
+    else:
+        contents = source if isinstance(source, Contents) else open_file(source)
+        where = f"{contents.path}: angles"
+        values = _floats(angles, contents)
+    if values.ndim != 1 or count not in (None, values.size):
+        raise DataError(f"{where}: {values.size} angles for {count} projections; give one for each")
+    if not np.isfinite(values).all():
+        raise DataError(f"{where}: an angle is NaN or infinite; repair the list")
+    if values.size > 2 and 0 < np.abs(values).max() <= np.pi + 1e-3:
+        raise DataError(f"{where}: look like radians (at most {np.abs(values).max():.3g}); give degrees")
+    return values
+
+
+def read_truth(path: str | Path, *, elements: Sequence[str], shape: tuple[int, int, int],
+               key: str | None = None, axes: Sequence[str] = ("element", "z", "y", "x"),
+               root: str | Path = ".") -> np.ndarray:
+    """(element, z, y, x) concentrations, elements as given, of the reconstruction's `shape` (z, y, x)."""
+    contents = open_file(Path(root, path))
+    where = _where(contents, contents.name(key))
+    truth = arrange(_numbers(contents, key), axes, ("element", "z", "y", "x"), where)
+    if truth.shape != (len(elements), *shape):
+        raise DataError(f"{where}: the truth has shape {truth.shape} (element, z, y, x) and the "
+                        f"reconstruction {(len(elements), *shape)}; change data.crop or data.volume")
+    if not np.isfinite(truth).all():
+        raise DataError(f"{where}: the truth holds NaN or infinite values; repair or leave out data.truth")
+    return np.ascontiguousarray(truth, dtype=np.float32)
+
+
+def arrange(array: np.ndarray, axes: Sequence[str], order: Sequence[str], where: str) -> np.ndarray:
+    """A view with the axes in `order`; an axis that is not named has length 1. y and x must be named."""
+    axes, given = list(axes), f"axes [{', '.join(axes)}]"
+    for word in axes:
+        if word not in order:
+            raise DataError(f"{where}: {given}: {word!r} is not known{meant(word, order)}; "
+                            f"the words are {', '.join(order)}")
+    if len(set(axes)) < len(axes):
+        raise DataError(f"{where}: {given} name an axis twice; name each once, in the array's order")
+    if array.ndim != len(axes):
+        raise DataError(f"{where}: the array has {array.ndim} axes, shape {array.shape}, and {given} name "
+                        f"{len(axes)}; name every axis of the array, in its order")
+    missing = [word for word in ("y", "x") if word in order and word not in axes]
+    if missing:
+        raise DataError(f"{where}: {given} do not say which axis is {' and '.join(missing)}; name every axis")
+    moved = array.transpose([axes.index(word) for word in order if word in axes])
+    return np.expand_dims(moved, [i for i, word in enumerate(order) if word not in axes])
+
+
+def _where(contents: Contents, name: str) -> str:
+    return f"{contents.path}[{name}]" if name else str(contents.path)
+
+
+def _numbers(contents: Contents, key: str | None) -> np.ndarray:
+    array = contents.array(key or None)
+    if array.dtype.kind not in "uif":
+        raise DataError(f"{_where(contents, key or '')}: holds {array.dtype}, not real numbers; "
+                        "convert it, or name another key")
+    return array
+
+
+def _floats(values: Any, contents: Contents) -> np.ndarray:
+    """Numbers given as such, or as "key:NAME" of an array."""
+    if isinstance(values, str):
+        values = _numbers(contents, values.removeprefix("key:"))
+    return np.asarray(values, dtype=np.float64)
+
+
+def _names(contents: Contents, names_key: str | None, count: int) -> list[str] | None:
+    if names_key is None:
+        return None
+    names = [str(name) for name in np.ravel(contents.array(names_key))]
+    if len(names) != count:
+        raise DataError(f"{_where(contents, names_key)}: {len(names)} names for {count} maps; "
+                        "name the array that goes with the maps")
+    return names
+
+
+def _groups(elements: Mapping[str, Any] | None, names: list[str] | None, count: int,
+            where: str) -> list[list[int]]:
+    """Positions of each element's maps along the element axis: several where lines are summed."""
+    if not elements:
+        if count != 1:
+            raise DataError(f"{where}: {count} maps where one image per tilt is needed; name another key")
+        return [[0]]
+    groups = []
+    for place, (element, entry) in enumerate(elements.items()):
+        entry = entry if isinstance(entry, Mapping) else {}
+        if entry.get("index") is not None:
+            groups.append([int(entry["index"])])
+        elif names is not None:
+            groups.append([_find(line, names, where) for line in entry.get("lines") or [element]])
+        elif len(elements) == count and not entry.get("lines"):
+            groups.append([place])
+        else:
+            raise DataError(f"{where}: {count} maps for {len(elements)} elements ({', '.join(elements)}); "
+                            "list all in the file's order, give each an index, or give names_key")
+        if max(groups[-1]) >= count:
+            raise DataError(f"{where}: {element}: no map {max(groups[-1])}; the {count} maps count from 0")
+    used = sum(groups, [])
+    twice = next((i for i in used if used.count(i) > 1), None)
+    if twice is not None:
+        raise DataError(f"{where}: map {twice} is taken twice (elements {', '.join(elements)}); "
+                        "give every element its own")
+    return groups
+
+
+def _find(name: str, names: list[str], where: str) -> int:
+    if name not in names:
+        raise DataError(f"{where}: no map is named {name!r}{meant(name, names)}; it has {', '.join(names)}")
+    return names.index(name)
+
+
+def _pick(array: np.ndarray, groups: list[list[int]], tilts: np.ndarray) -> np.ndarray:
+    """Maps of the elements, lines summed, at the tilts used; the array itself where that is all of it."""
+    if tilts.size < array.shape[1]:
+        array = array[:, tilts]
+    if max(map(len, groups)) > 1:
+        return np.stack([array[group].sum(0, dtype=np.float32) for group in groups])
+    order = sum(groups, [])
+    return array if order == list(range(len(array))) else array[order]
+
+
+def _used(tilts: Sequence[int] | None, count: int, where: str) -> np.ndarray:
+    used = np.arange(count) if tilts is None else np.unique(np.asarray(tilts, dtype=np.int64))
+    if not used.size or used[0] < 0 or used[-1] >= count or tilts is not None and used.size < len(tilts):
+        raise DataError(f"{where}: tilts {list(tilts or [])} are not indices of its {count} projections; "
+                        f"give each once, from 0 to {count - 1}")
+    return used
+
+
+def _shifts(shifts: Any, axes: Sequence[str], contents: Contents, count: int) -> np.ndarray:
+    """(tilt, 2) along y and x."""
+    where = f"{contents.path}: shifts"
+    values = np.zeros((count, 2)) if shifts is None else _floats(shifts, contents)
+    if values.shape != (count, 2):
+        raise DataError(f"{where} of shape {values.shape} for {count} projections; give a pair for each")
+    if not np.isfinite(values).all():
+        raise DataError(f"{where} hold NaN or infinite values; repair them")
+    words = [axis.removeprefix("-") for axis in axes]
+    if sorted(words) != ["x", "y"]:
+        raise DataError(f"{where}: shift_axes [{', '.join(axes)}] must name y and x, once each")
+    signed = values * [-1 if axis.startswith("-") else 1 for axis in axes]
+    return signed[:, [words.index("y"), words.index("x")]]
+
+
+def _background(background: Any, contents: Contents, axes: Sequence[str], shape: tuple[int, ...],
+                groups: list[list[int]], elements: tuple[str, ...]) -> np.ndarray:
+    """(1 or element, 1 or tilt, 1 or y, 1 or x) per pixel."""
+    if isinstance(background, Mapping):
+        return _side_windows(contents, axes, shape, groups, elements, **background)
+    values = np.asarray(0.0 if background is None else background, dtype=np.float32)
+    if values.shape not in ((), (shape[1],), (len(elements), shape[1])):
+        raise DataError(f"{contents.path}: a background of shape {values.shape}; give a number, one for each "
+                        f"of {shape[1]} tilts, or {len(elements)} x {shape[1]} for (element, tilt)")
+    return values.reshape((1,) * (2 - values.ndim) + values.shape + (1, 1))
+
+
+def _side_windows(contents: Contents, axes: Sequence[str], shape: tuple[int, ...], groups: list[list[int]],
+                  elements: tuple[str, ...], *, key: str, scale_key: str | None = None,
+                  smooth: float | None = None, factor: Mapping[str, float] | None = None) -> np.ndarray:
+    """(element, tilt, y, x) background from counts in windows beside a line.
+
+    scale_key: (element, tilt) factors that bring them into the window of the line.
+    smooth: [pixels] width of the Gaussian; without it SMOOTHING.
+    factor: by element, for a side window that holds another element's line.
+    """
+    side = arrange(_numbers(contents, key), axes, ORDER, _where(contents, key))
+    if side.shape != shape:
+        raise DataError(f"{_where(contents, key)}: the background has shape {side.shape} and the data "
+                        f"{shape}, (element, tilt, y, x); name the array that goes with the data")
+    scale = np.ones(shape[:2])
+    if scale_key:
+        flat = [word for word in axes if word in ORDER[:2]]
+        given = arrange(_numbers(contents, scale_key), flat, ORDER[:2], _where(contents, scale_key))
+        if given.shape != shape[:2]:
+            raise DataError(f"{_where(contents, scale_key)}: factors of shape {given.shape} for images "
+                            f"{shape[:2]}, (element, tilt); name another scale_key")
+        scale = given
+    for element in factor or {}:
+        if element not in elements:
+            raise DataError(f"{contents.path}: a background factor for {element}, which is no element here"
+                            f"{meant(element, elements)}; there are {', '.join(elements)}")
+    factors = [(factor or {}).get(element, 1.0) for element in elements]
+    summed = np.stack([each * sum(scale[line][:, None, None] * side[line] for line in group)
+                       for each, group in zip(factors, groups, strict=True)])
+    width = SMOOTHING if smooth is None else smooth
+    return gaussian_filter(summed, (0, 0, width, width), output=np.float32, mode="nearest")
+
+
+Region = tuple[tuple[int, int], tuple[int, int]]  # [from, to) along y and x in aligned, unbinned pixels
+
+
+def prepare(*recordings: Recording, pixel_size: float | None = None,
+            crop: Mapping[str, Sequence[int] | None] | None = None, binning: int = 1,
+            tilt_axis: float | None = None) -> tuple[TiltSeries, ...]:
+    """Align, crop and bin the recordings of one specimen, all alike.
+
+    pixel_size: [nm] of an unbinned pixel; without it the file's.
+    crop: {y: [from, to), x: [from, to)} in unbinned pixels of the aligned images, trimmed to whole bins at
+        the end; without it the largest region, centred on the tilt axis, that every image covers.
+    binning: pixels along y and x that become one: counts and their background are summed, the rest averaged.
+    tilt_axis: [pixels] its y in the aligned, uncropped images; without it their centre, (ny - 1) / 2.
+
+    Images are moved by whole pixels, half a pixel wrong at most, so that counts stay independent counts;
+    modalities with the same angles and shifts move alike. Nothing from outside an image is made up: a region
+    that an image does not cover is refused. A volume turns about its own centre, so where the centre c of the
+    region is not the axis, images are moved by a further (c - tilt_axis) (1 - cos(angle)) along y.
+    """
+    first = recordings[0]
+    size = first.projections.shape[2:]
+    if binning < 1 or binning > min(size):
+        raise DataError(f"{first.where}: binning {binning} for {size} pixels; give 1 to {min(size)}")
+    for other in recordings:
+        if other.projections.shape[2:] != size:
+            raise DataError(f"{other.where}: images of {other.projections.shape[2:]} pixels (y, x), and "
+                            f"those of {first.where} have {size}; bring all modalities to one grid of pixels")
+    axis = (size[0] - 1) / 2 if tilt_axis is None else float(tilt_axis)
+    region = _region(recordings, crop or {}, binning, axis)
+    return tuple(_cut(recording, region, _moves(recording, region, axis), binning, pixel_size)
+                 for recording in recordings)
+
+
+def _moves(recording: Recording, region: Region, axis: float) -> np.ndarray:
+    """(tilt, 2) whole pixels along y and x by which each image is moved."""
+    off = (sum(region[0]) - 1) / 2 - axis
+    turned = (off if abs(off) > 0.5 else 0.0) * (1 - np.cos(np.radians(recording.angles)))
+    return np.rint(recording.shifts + np.stack([turned, 0 * turned], 1)).astype(int)
+
+
+def _region(recordings: Sequence[Recording], crop: Mapping[str, Sequence[int] | None], binning: int,
+            axis: float) -> Region:
+    """Whole bins of the crop, or of what all images cover; refused where an image does not cover it."""
+    where, sizes = recordings[0].where, recordings[0].projections.shape[2:]
+    shifts = np.rint(np.concatenate([recording.shifts for recording in recordings])).astype(int)
+    bounds = []
+    for word, size, moved in zip("yx", sizes, shifts.T, strict=True):
+        low, high = max(0, int(moved.max())), size + min(0, int(moved.min()))
+        start, stop = crop.get(word) or (low, high)
+        if not 0 <= start < stop <= size:
+            raise DataError(f"{where}: crop {word} [{start}, {stop}] lies outside its {size} pixels; "
+                            f"the aligned images share about [{low}, {high}]")
+        width = (stop - start) // binning * binning
+        if not crop.get(word) and word == "y":
+            width = max(0, int(2 * min(axis + 0.5 - low, high - axis - 0.5))) // binning * binning
+            start = round(axis + 0.5 - width / 2)
+        if not width:
+            raise DataError(f"{where}: {word} [{start}, {stop}] about the tilt axis {axis:g} is narrower "
+                            f"than a bin of {binning} pixels; change data.crop or data.tilt_axis")
+        bounds.append((start, start + width))
+    region = bounds[0], bounds[1]
+    for recording in recordings:
+        _check_covered(recording, region, _moves(recording, region, axis))
+    return region
+
+
+def _check_covered(recording: Recording, region: Region, moves: np.ndarray) -> None:
+    sizes = recording.projections.shape[2:]
+    for word, (start, stop), size, moved in zip("yx", region, sizes, moves.T, strict=True):
+        outside = np.flatnonzero((moved > start) | (size + moved < stop))
+        if outside.size:
+            tilt = outside[0]
+            raise DataError(
+                f"{recording.where}: the image at {recording.angles[tilt]:g} degrees, moved by {moved[tilt]} "
+                f"pixels, does not cover {word} [{start}, {stop}]; with this centre all images share "
+                f"[{max(0, moved.max())}, {size + min(0, moved.min())}]: change data.crop")
+
+
+def _cut(recording: Recording, region: Region, moves: np.ndarray, binning: int,
+         pixel_size: float | None) -> TiltSeries:
+    """The region of every image, binned; the same for its background."""
+    size = pixel_size or recording.pixel_size
+    if size is None:
+        raise DataError(f"{recording.where}: states no pixel size; give data.pixel_size in nm")
+    weight = binning**2 if recording.units in ("counts", "net_counts") else 1
+    projections = weight * _regions(recording.projections, region, moves, binning)
+    background = weight * recording.background
+    if background.shape[2] > 1:
+        background = weight * _regions(recording.background, region, moves, binning)
+    try:
+        _check_counts(projections, recording.units)
+        return TiltSeries(projections, recording.angles, recording.elements, size * binning, recording.units,
+                          background)
+    except DataError as error:
+        raise DataError(f"{recording.where}: {error}") from None
+
+
+def _regions(images: np.ndarray, region: Region, moves: np.ndarray, binning: int) -> np.ndarray:
+    """(element, tilt, y, x) float32 means over bins of the region of each image."""
+    (y0, y1), (x0, x1) = region
+    frames = [images[:, tilt, y0 - dy:y1 - dy, x0 - dx:x1 - dx] for tilt, (dy, dx) in enumerate(moves)]
+    ny, nx = (y1 - y0) // binning, (x1 - x0) // binning
+    blocks = (frame.reshape(len(frame), ny, binning, nx, binning) for frame in frames)
+    return np.stack([block.mean((2, 4), dtype=np.float64) for block in blocks], 1).astype(np.float32)
+
+
+def _check_counts(projections: np.ndarray, units: Units) -> None:
+    """Poisson statistics need counts: a map divided by its maximum would hardly be believed."""
+    largest = projections.max()
+    if units == "counts" and 0 < largest < 1:
+        raise DataError(f"no pixel holds a whole count (maximum {largest:.3g}), so these are no counts; "
+                        "give units: net_counts, atomic_percent or intensity")
+    if units == "counts" and largest >= 2**24:
+        raise DataError(f"a pixel holds {largest:.3g} counts, more than float32 can tell apart; "
+                        "is it a negative number read as unsigned? Repair it, or give units: intensity")

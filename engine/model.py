@@ -1,0 +1,242 @@
+"""The forward model of fused tomography (F3 Eq. 1) as traced arrays, and what every solver needs of it.
+
+HAADF:      b_H ~ gain * A_h sum_i c_i x_i^gamma, the power taken per voxel, c_i = Z_i^gamma over the largest.
+Chemistry:  b_i ~ s_i A_c x_i + background_i, Poisson or, for maps that are not counts, by least squares.
+
+Normalisation: x is concentration, 1 in a pure phase where sensitivities are known. Each term is a negative log
+likelihood (images over their own noise), so weights of 1 are maximum likelihood and a detector's gain drops out.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.data import MultiModal
+from engine.losses import least_squares, poisson, poisson_curvature
+from engine.penalties import total_variation
+from engine.projector import Geometry, backproject, bucket, geometry, project
+
+# A voxel at 0 has no HAADF gradient for gamma > 1 and would never hear that term again: solvers keep this floor.
+FLOOR = 1e-4
+START_STEPS = 5  # EM steps of the start: measured best between 3 and 5; the converged one is the worst start
+
+
+class Problem(NamedTuple):
+    """One reconstruction's data and weights on the device. Lists of tilts are padded; padded tilts weigh 0."""
+
+    images: jax.Array  # (tilt, y, x), divided by their root mean square
+    image_noise: jax.Array  # () in the same unit
+    image_rays: Geometry
+    maps: jax.Array  # (element, tilt, y, x)
+    background: jax.Array  # broadcastable to maps
+    map_weight: jax.Array  # (element, 1, 1, 1), 1 / variance for least squares, 1 for counts
+    map_rays: Geometry
+    sensitivity: jax.Array  # (element, 1, 1, 1)
+    contrast: jax.Array  # (element, 1, 1, 1), c_i
+    start: jax.Array  # (element, z, y, x)
+    gamma: jax.Array
+    lambda_model: jax.Array
+    lambda_chem: jax.Array
+    lambda_tv: jax.Array
+    inner: jax.Array  # steps of the TV proximal operator
+
+
+class Chemistry(NamedTuple):
+    """The chemical term at some x: value, gradient (element, z, y, x), and the modelled signal without background."""
+
+    value: jax.Array
+    slope: jax.Array
+    signal: jax.Array
+
+
+def build(data: MultiModal, *, gamma: float, lambda_model: float, lambda_chem: float, lambda_tv: float,
+          weights: str, inner: int, held_out: tuple[int, ...] = ()) -> Problem:
+    """Data and weights as device arrays. held_out: indices of chemical tilts that are left out of the fit.
+
+    Where sensitivities are unknown, each s_i is set so that the start's brightest percent averages 1, and the c_i are
+    fitted to the images by non-negative least squares (a floor of 1e-3 of the largest keeps every element coupled).
+    """
+    chem, haadf = data.chem, data.haadf
+    size = bucket(chem.tilts)
+    map_rays = geometry(chem.angles, size)
+    kept = np.asarray(map_rays.weight).copy()
+    kept[list(held_out)] = 0
+    map_rays = map_rays._replace(weight=jnp.asarray(kept))
+    is_counts = chem.units == "counts"
+    column = partial(_column, len(chem.elements))
+    map_weight = 1.0 if is_counts else 1 / chem.noise_level() ** 2
+    background = np.broadcast_to(chem.background, (len(chem.elements), *_outer(chem.background, chem.tilts)))
+    if background.shape[1] > 1:
+        background = _pad_tilts(background, size)
+    maps = jnp.asarray(_pad_tilts(chem.projections, size))
+    sensitivity = column(1.0 if data.sensitivity is None else data.sensitivity)
+    start = em_start(maps, jnp.asarray(background), sensitivity, map_rays, data.shape[:2], START_STEPS)
+    if data.sensitivity is None:
+        sensitivity = jnp.maximum(_peak(start), 1e-12)
+        start = start / sensitivity
+    images, noise, image_rays = _images(haadf, chem.projections.shape[2:])
+    numbers = np.asarray(data.numbers, np.float64)
+    contrast = numbers ** (gamma if weights == "z_gamma" else 1.0)
+    if haadf is not None and data.sensitivity is None:
+        contrast = fit_contrast(images, image_rays, start, gamma)
+    scalars = (jnp.float32(v) for v in (gamma, lambda_model, lambda_chem, lambda_tv))
+    return Problem(images, noise, image_rays, maps, jnp.asarray(background), column(map_weight), map_rays,
+                   sensitivity, column(contrast / contrast.max()), jnp.maximum(start, FLOOR), *scalars,
+                   jnp.int32(inner))
+
+
+def chemistry(problem: Problem, x: jax.Array, counts: bool) -> Chemistry:
+    """The chemical term (F3 Eq. 1, second sum, and Eq. 3) of concentrations x, not yet weighted by lambda_chem."""
+    signal = problem.sensitivity * project(x, problem.map_rays, problem.maps.shape[-2])
+    weight = problem.map_rays.weight[:, None, None] * problem.map_weight
+    value, slope = (poisson if counts else least_squares)(signal + problem.background, problem.maps, weight)
+    return Chemistry(value, problem.sensitivity * backproject(slope, problem.map_rays, *x.shape[1:3]), signal)
+
+
+def chemistry_value(problem: Problem, x: jax.Array, counts: bool) -> jax.Array:
+    """The value of the chemical term alone, without its back projection."""
+    signal = problem.sensitivity * project(x, problem.map_rays, problem.maps.shape[-2])
+    weight = problem.map_rays.weight[:, None, None] * problem.map_weight
+    return (poisson if counts else least_squares)(signal + problem.background, problem.maps, weight)[0]
+
+
+def cost_terms(problem: Problem, x: jax.Array, projected: jax.Array | None, chem: jax.Array,
+               gain: jax.Array) -> jax.Array:
+    """The three terms of F3 Eq. 1 at weight 1, and their weighted sum: (4,).
+
+    projected: A_h sum c x^gamma; None leaves the HAADF term out.
+    """
+    model_term = jnp.float32(0)
+    if projected is not None:
+        seen = problem.image_rays.weight[:, None, None]
+        misfit = (seen * (projected - problem.images / gain) ** 2).sum() / 2
+        model_term = misfit * (gain / problem.image_noise) ** 2
+    tv = total_variation(x).sum()
+    total = problem.lambda_model * model_term + problem.lambda_chem * chem + problem.lambda_tv * tv
+    return jnp.stack([model_term, chem, tv, total])
+
+
+def map_precision(problem: Problem, expected: jax.Array, counts: bool) -> jax.Array:
+    """Curvature of the chemical term per pixel of the maps, (element, tilt, y, x)."""
+    if not counts:
+        return problem.map_weight * jnp.ones_like(problem.maps)
+    # Without a background the expected counts of vacuum, and so the step there, would be nothing.
+    return poisson_curvature(expected + 0.1 * expected.mean((1, 2, 3), keepdims=True))
+
+
+def chemical_curvature(problem: Problem, counts: bool) -> jax.Array:
+    """A diagonal that bounds the chemical term's expected Hessian at the start: s^2 A'(w A 1), (element, z, y, x)."""
+    x = problem.start
+    path = project(jnp.ones_like(x[:1]), problem.map_rays, problem.maps.shape[-2])
+    expected = problem.sensitivity * project(x, problem.map_rays, problem.maps.shape[-2]) + problem.background
+    weight = map_precision(problem, expected, counts)
+    bound = problem.sensitivity**2 * backproject(weight * path, problem.map_rays, *x.shape[1:3])
+    # Voxels that few rays cross would take steps without limit.
+    return jnp.maximum(bound, 1e-2 * bound.max((1, 2, 3), keepdims=True))
+
+
+def scattering(problem: Problem, x: jax.Array) -> jax.Array:
+    """sum_i c_i x_i^gamma per voxel, (z, y, x); x > 0."""
+    return (problem.contrast * x**problem.gamma).sum(0)
+
+
+def scattering_slope(problem: Problem, x: jax.Array) -> jax.Array:
+    """Its derivative with respect to x_i: gamma c_i x_i^(gamma - 1), (element, z, y, x)."""
+    return problem.gamma * problem.contrast * x ** (problem.gamma - 1)
+
+
+def project_images(problem: Problem, scatter: jax.Array) -> jax.Array:
+    """A_h of a (z, y, x) volume: (tilt, y, x)."""
+    return project(scatter, problem.image_rays, problem.images.shape[-2])
+
+
+def backproject_images(problem: Problem, residual: jax.Array) -> jax.Array:
+    """A_h' of (tilt, y, x): (z, y, x)."""
+    return backproject(residual, problem.image_rays, *problem.start.shape[1:3])
+
+
+def image_precision(problem: Problem, gain: jax.Array) -> jax.Array:
+    """lambda_model / variance of an image pixel, for images divided by the gain."""
+    return problem.lambda_model * (gain / problem.image_noise) ** 2
+
+
+def fit_gain(problem: Problem, projected: jax.Array, signal: jax.Array) -> jax.Array:
+    """The HAADF gain for which concentrations keep the scale that the maps give them.
+
+    Least squares alone would fit the gain to a volume whose scale the images have just set, and stall. So the maps say
+    by which factor a the volume should be scaled (weighted least squares, one Newton step of the likelihood), and the
+    gain is the one that suits a x: <b, P> / <P, P> / a^gamma.
+    """
+    weight = problem.map_weight * problem.map_rays.weight[:, None, None] / (signal + problem.background + 1e-3)
+    wanted = problem.maps - problem.background
+    factor = (weight * signal * wanted).sum() / jnp.maximum((weight * signal**2).sum(), 1e-20)
+    gain = (projected * problem.images).sum() / jnp.maximum((projected**2).sum(), 1e-20)
+    return gain / jnp.clip(factor, 0.1, 10.0) ** problem.gamma
+
+
+@partial(jax.jit, static_argnames=("shape", "steps"))
+def em_start(maps: jax.Array, background: jax.Array, sensitivity: jax.Array, rays: Geometry, shape: tuple[int, int],
+             steps: int) -> jax.Array:
+    """Concentrations (element, z, y, x) after a few EM steps of the Poisson likelihood from a flat start."""
+    counts = jnp.maximum(maps, 0)
+    seen = rays.weight[:, None, None]
+    path = project(jnp.ones((1, *shape, maps.shape[-1])), rays, maps.shape[-2])
+    mean = ((counts - background) * seen).sum((1, 2, 3), keepdims=True) / (sensitivity * path.sum())
+    x = jnp.ones((maps.shape[0], *shape, maps.shape[-1])) * jnp.maximum(mean, 1e-6)
+    return jax.lax.fori_loop(0, steps, lambda _, x: em_step(counts, background, sensitivity, rays, x), x)
+
+
+def em_step(counts: jax.Array, background: jax.Array, sensitivity: jax.Array, rays: Geometry,
+            x: jax.Array) -> jax.Array:
+    """x A'(b / (s A x + background)) / A' 1: expectation maximisation (L. Shepp, Y. Vardi, 1982)."""
+    expected = sensitivity * project(x, rays, counts.shape[-2]) + background
+    shape = x.shape[1:3]
+    seen = backproject(jnp.ones_like(counts[:1]), rays, *shape)
+    return x * backproject(counts / (expected + 1e-6), rays, *shape) / jnp.maximum(seen, 1e-3)
+
+
+def fit_contrast(images: jax.Array, rays: Geometry, start: jax.Array, gamma: float) -> np.ndarray:
+    """(element,) non-negative c_i with sum_i c_i A_h x_i^gamma ~ images, for a start x; floored at 1e-3 of the largest."""
+    from scipy.optimize import nnls
+
+    parts = np.asarray(project(jnp.asarray(start) ** gamma, rays, images.shape[-2]), np.float64)
+    parts = parts.reshape(len(start), -1)
+    gram, right = parts @ parts.T, parts @ np.asarray(images, np.float64).ravel()
+    root = np.linalg.cholesky(gram + 1e-9 * np.trace(gram) * np.eye(len(gram)))
+    contrast, _ = nnls(root.T, np.linalg.solve(root, right))
+    return np.maximum(contrast, 1e-3 * max(contrast.max(), 1e-30))
+
+
+def _images(haadf, detector: tuple[int, int]) -> tuple[jax.Array, jax.Array, Geometry]:
+    if haadf is None:
+        return jnp.zeros((0, *detector)), jnp.float32(1), geometry(np.zeros(0), 0)
+    size = bucket(haadf.tilts)
+    images = np.asarray(haadf.projections[0] - np.broadcast_to(haadf.background, haadf.projections.shape)[0])
+    level = float(np.sqrt(np.mean(images.astype(np.float64) ** 2)))
+    return (jnp.asarray(_pad_tilts(images[None] / level, size)[0]), jnp.float32(haadf.noise_level()[0] / level),
+            geometry(haadf.angles, size))
+
+
+def _pad_tilts(stack: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(stack, ((0, 0), (0, size - stack.shape[1]), (0, 0), (0, 0))).astype(np.float32)
+
+
+def _outer(background: np.ndarray, tilts: int) -> tuple[int, int, int]:
+    shape = (1, 1, 1, 1)[: 4 - np.ndim(background)] + np.shape(background)
+    return shape[1:]
+
+
+def _column(elements: int, values) -> jax.Array:
+    return jnp.asarray(np.broadcast_to(np.asarray(values, np.float32), (elements,)))[:, None, None, None]
+
+
+def _peak(x: jax.Array) -> jax.Array:
+    """(element, 1, 1, 1) mean of the brightest percent of voxels."""
+    flat = x.reshape(len(x), -1)
+    count = max(1, flat.shape[1] // 100)
+    return jax.lax.top_k(flat, count)[0].mean(1)[:, None, None, None]
