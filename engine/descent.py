@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from engine import model
-from engine.model import Problem
+from engine.iterate import settled
+from engine.model import GAIN_EVERY, GAIN_STEPS, Problem
 from engine.penalties import Dual, prox_tv, total_variation, zero_dual
 from engine.projector import backproject, project
 
@@ -20,7 +21,10 @@ _POWER_STEPS = 15
 
 
 class State(NamedTuple):
-    """x, the point that gradients are taken at, the TV dual, FISTA's t, the gain, and the step per voxel."""
+    """x, the point that gradients are taken at, the TV dual, FISTA's t, the gain, and the step per voxel.
+
+    ML and SIRT keep A' 1 where the others have the step, and nothing in the fields that they do not need.
+    """
 
     x: jax.Array
     ahead: jax.Array
@@ -43,14 +47,16 @@ def start_descent(problem: Problem, counts: bool, fused: bool) -> tuple[State, j
     With gamma > 1 the curvature grows as x does; twice its value at the start covers the way to the solution.
     """
     x = problem.start
-    gain = _gain(problem, x, counts) if fused else jnp.float32(1)
+    signal = model.chemistry(problem, x, counts).signal
+    gain = jnp.float32(1)
     if fused:
-        rate = jnp.ones((1, 1, 1, 1)) / (2 * _lipschitz(problem, x, gain, counts))
+        gain = model.fit_gain(problem, _projected(problem, x), signal)
+        rate = jnp.ones((1, 1, 1, 1)) / (2 * _lipschitz(problem, x, gain, signal, counts))
     else:
-        rate = 1 / jnp.maximum(problem.lambda_chem * model.chemical_curvature(problem, counts), 1e-20)
+        rate = 1 / jnp.maximum(problem.lambda_chem * model.chemical_curvature(problem, signal, counts), 1e-20)
     terms = _cost(problem, x, gain, counts, fused)
     state = State(x, x, zero_dual(x), jnp.float32(1), gain, rate, terms[-1])
-    return jax.tree.map(jnp.copy, state), terms
+    return settled(state), terms
 
 
 def step_descent(problem: Problem, state: State, iteration: jax.Array, *, counts: bool, fused: bool,
@@ -75,7 +81,8 @@ def step_descent(problem: Problem, state: State, iteration: jax.Array, *, counts
     gain = state.gain
     if fused:
         # The gain is refitted as in the fused solver, so that all methods minimise the same cost.
-        gain = jax.lax.cond((iteration < 25) & (iteration % 5 == 4), lambda: _gain(problem, new, counts), lambda: gain)
+        refit = (iteration < GAIN_STEPS) & (iteration % GAIN_EVERY == GAIN_EVERY - 1)
+        gain = jax.lax.cond(refit, lambda: _gain(problem, new, counts), lambda: gain)
     change = jnp.sqrt(((new - state.x) ** 2).sum() / jnp.maximum((state.x**2).sum(), 1e-20))
     ahead = jnp.maximum(new + push * (new - state.x), model.FLOOR)
     return State(new, ahead, dual, t, gain, state.rate, terms[-1]), terms, change
@@ -86,14 +93,15 @@ def start_simple(problem: Problem, counts: bool) -> tuple[State, jax.Array]:
     """A flat start for ML and SIRT."""
     x = jnp.ones_like(problem.start) * problem.start.mean((1, 2, 3), keepdims=True)
     terms = _likelihood(problem, x, counts)
-    one = jnp.ones((1, 1, 1, 1))
-    return jax.tree.map(jnp.copy, State(x, one, Dual(one, one, one), one, one, one, terms[-1])), terms
+    one, seen = jnp.float32(1), model.seen(problem, x.shape[1:3])
+    return settled(State(x, one, Dual(one, one, one), one, one, seen, terms[-1])), terms
 
 
 def step_em(problem: Problem, state: State, iteration: jax.Array, *, counts: bool) -> tuple[State, jax.Array, jax.Array]:
     """One EM step of the Poisson likelihood; for maps that are not counts, of their positive part."""
     maps = jnp.maximum(problem.maps, 0)
-    new = model.em_step(maps, problem.background, problem.sensitivity, problem.map_rays, state.x)
+    new = model.em_step(maps, problem.background, problem.sensitivity, problem.map_rays,
+                        jnp.maximum(state.rate, 1e-3), state.x)
     return _simple(problem, state, new, counts)
 
 
@@ -101,11 +109,10 @@ def step_sirt(problem: Problem, state: State, iteration: jax.Array, *, counts: b
     """x + C A' R (b - background - A x) / s with row and column sums R, C, kept above 0 (P. Gilbert, 1972)."""
     pixels, shape = problem.maps.shape[-2], state.x.shape[1:3]
     path = project(jnp.ones_like(state.x[:1]), problem.map_rays, pixels)
-    seen = backproject(jnp.ones_like(path), problem.map_rays, *shape)
     wanted = (problem.maps - problem.background) / problem.sensitivity
     error = wanted - project(state.x, problem.map_rays, pixels)
     error *= problem.map_rays.weight[:, None, None] / jnp.maximum(path, 1e-3)
-    new = jnp.maximum(state.x + backproject(error, problem.map_rays, *shape) / jnp.maximum(seen, 1e-3), 0)
+    new = jnp.maximum(state.x + backproject(error, problem.map_rays, *shape) / jnp.maximum(state.rate, 1e-3), 0)
     return _simple(problem, state, new, counts)
 
 
@@ -142,12 +149,11 @@ def _gain(problem: Problem, x: jax.Array, counts: bool) -> jax.Array:
     return model.fit_gain(problem, _projected(problem, x), model.chemistry(problem, x, counts).signal)
 
 
-def _lipschitz(problem: Problem, x: jax.Array, gain: jax.Array, counts: bool) -> jax.Array:
+def _lipschitz(problem: Problem, x: jax.Array, gain: jax.Array, signal: jax.Array, counts: bool) -> jax.Array:
     """The largest eigenvalue of the Gauss-Newton Hessian of both smooth terms at x, by power iteration."""
     slope = model.scattering_slope(problem, x)
     seen = problem.image_rays.weight[:, None, None]
-    expected = problem.sensitivity * project(x, problem.map_rays, problem.maps.shape[-2]) + problem.background
-    weight = model.map_precision(problem, expected, counts) * problem.map_rays.weight[:, None, None]
+    weight = model.map_precision(problem, signal + problem.background, counts) * problem.map_rays.weight[:, None, None]
 
     def hessian(v: jax.Array) -> jax.Array:
         images = seen * model.project_images(problem, (slope * v).sum(0))
@@ -156,12 +162,11 @@ def _lipschitz(problem: Problem, x: jax.Array, gain: jax.Array, counts: bool) ->
         back = slope * model.backproject_images(problem, images)
         return model.image_precision(problem, gain) * back + problem.lambda_chem * chem
 
-    def power(_: int, v: jax.Array) -> jax.Array:
-        v = hessian(v)
-        return v / jnp.maximum(jnp.linalg.norm(v), 1e-30)
+    def power(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        v = hessian(state[0] / state[1])
+        return v, jnp.maximum(jnp.linalg.norm(v), 1e-30)
 
-    v = jax.lax.fori_loop(0, _POWER_STEPS, power, slope / jnp.linalg.norm(slope))
-    return jnp.linalg.norm(hessian(v))
+    return jax.lax.fori_loop(0, _POWER_STEPS, power, (slope, jnp.linalg.norm(slope)))[1]
 
 
 def _volume(state: State) -> jax.Array:

@@ -129,6 +129,10 @@ def _mrc(path: Path) -> Read:
     import mrcfile
     from mrcfile.utils import data_dtype_from_header, data_shape_from_header
 
+    words = np.fromfile(path, "<i4", 24)
+    extension = min(abs(int(order[-1])) for order in (words, words.byteswap())) if words.size == 24 else 0
+    if words.size < 24 or extension > path.stat().st_size:  # mrcfile would set gigabytes aside for it
+        raise DataError(f"{path}: has no MRC header; is it another format? Rename, convert or copy it again")
     with mrcfile.open(path, permissive=True, header_only=True) as mrc:
         header = mrc.header.copy()
     dtype, shape = data_dtype_from_header(header), data_shape_from_header(header)

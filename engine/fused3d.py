@@ -22,8 +22,8 @@ import numpy as np
 
 from engine import descent, model
 from engine.data import DataError, MultiModal, Solution
-from engine.iterate import solve
-from engine.model import Problem
+from engine.iterate import settled, solve
+from engine.model import GAIN_EVERY, GAIN_STEPS, Problem
 from engine.penalties import Dual, prox_tv, zero_dual
 from engine.projector import backproject, bucket, geometry, project
 
@@ -33,7 +33,6 @@ TERMS = ("model", "chem", "tv", "total")
 RELAX = 1.5  # over-relaxation of the primal step; 1.9 diverges
 BALANCE_DECAY = 0.93  # rho may change by a factor 2 in iteration 0 and by 2^(0.93^k) in iteration k
 RHO_START = 0.01  # of the ratio of the two terms' curvatures: small, since too large a rho lands in a worse minimum
-GAIN_STEPS, GAIN_EVERY = 25, 5  # the gain is refitted every 5 of the first 25 iterations, then frozen
 RETREAT = 4.0  # a cost this many times the best one is a step that went wrong
 
 
@@ -64,6 +63,7 @@ class State(NamedTuple):
     rho: jax.Array
     gain: jax.Array
     caution: jax.Array  # divides the step; doubled when a step went wrong
+    retreat: jax.Array  # whether the last step went wrong, so that the next goes back to the best volume
     best: jax.Array
     best_cost: jax.Array
     metric: jax.Array  # curvature of the chemical term
@@ -123,14 +123,13 @@ def start(problem: Problem, counts: bool) -> tuple[State, jax.Array]:
     projected = model.project_images(problem, model.scattering(problem, x))
     chem = model.chemistry(problem, x, counts)
     gain = model.fit_gain(problem, projected, chem.signal)
-    metric = problem.lambda_chem * model.chemical_curvature(problem, counts)
+    metric = problem.lambda_chem * model.chemical_curvature(problem, chem.signal, counts)
     slope = model.scattering_slope(problem, x)
     rho = RHO_START * metric.sum() / (slope * slope.sum(0)).sum()
     terms = model.cost_terms(problem, x, projected, chem.value, gain)
     state = State(x, projected, projected, jnp.zeros_like(problem.images), chem.slope, zero_dual(x), rho, gain,
-                  jnp.float32(1), x, terms[-1], metric, _ramp_norm(problem))
-    # Donated buffers must not share memory.
-    return jax.tree.map(jnp.copy, state), terms
+                  jnp.float32(1), jnp.bool_(False), x, terms[-1], metric, _ramp_norm(problem))
+    return settled(state), terms
 
 
 def step(problem: Problem, state: State, iteration: jax.Array, *, counts: bool) -> tuple[State, jax.Array, jax.Array]:
@@ -149,18 +148,29 @@ def step(problem: Problem, state: State, iteration: jax.Array, *, counts: bool) 
     rate = RELAX / (state.caution * (state.rho * coupling + state.metric))
     slope = scatter_slope * model.backproject_images(problem, residual) + problem.lambda_chem * state.slope
     new, tv_dual = prox_tv(x - rate * slope, problem.lambda_tv, rate, state.tv_dual, problem.inner, model.FLOOR)
+    new = jnp.where(state.retreat, state.best, new)
 
     projected = model.project_images(problem, model.scattering(problem, new))
     chem = model.chemistry(problem, new, counts)
     change = new - x
     rho = _balanced(state, iteration, (change**2 * coupling).sum(), residual - state.residual, sigma)
     refit = (iteration < GAIN_STEPS) & (iteration % GAIN_EVERY == GAIN_EVERY - 1)
-    gain = jax.lax.cond(refit, lambda: model.fit_gain(problem, projected, chem.signal), lambda: state.gain)
+    gain = jnp.where(refit, model.fit_gain(problem, projected, chem.signal), state.gain)
     terms = model.cost_terms(problem, new, projected, chem.value, gain)
-    moved = State(new, projected, state.projected, residual, chem.slope, tv_dual, rho, gain, state.caution,
-                  state.best, state.best_cost, state.metric, state.ramp_norm)
+    # A new gain is a new cost: after a refit the comparison with the best starts afresh.
+    improved = (terms[-1] <= state.best_cost) | (refit & jnp.isfinite(terms[-1]))
+    best_cost = jnp.where(improved, terms[-1], state.best_cost)
+    wrong = ~(terms[-1] < RETREAT * best_cost) & ~state.retreat
+    kept = jnp.where(state.retreat, 0.0, 1.0)
     relative = jnp.sqrt((change**2).sum() / jnp.maximum((x**2).sum(), 1e-20))
-    return _guarded(problem, moved, terms, refit, counts), terms, relative
+    moved = State(
+        x=new, projected=projected, projected_before=jnp.where(state.retreat, projected, state.projected),
+        residual=kept * residual, slope=chem.slope, tv_dual=Dual(*(kept * d for d in tv_dual)),
+        rho=jnp.where(wrong, rho / 2, rho), gain=gain, caution=jnp.where(wrong, 2, 1) * state.caution, retreat=wrong,
+        best=jnp.where(improved, new, state.best), best_cost=best_cost, metric=state.metric,
+        ramp_norm=state.ramp_norm)
+    # A retreat is no progress, and no sign of convergence either.
+    return moved, terms, jnp.where(state.retreat, 1.0, relative)
 
 
 _STEPS = {counts: partial(step, counts=counts) for counts in (True, False)}
@@ -177,16 +187,13 @@ def _ramp_norm(problem: Problem) -> jax.Array:
     ramp = _ramp(problem)
     shape = (*problem.start.shape[1:3], 1)
 
-    def apply(v: jax.Array) -> jax.Array:
-        return backproject(_filter(ramp, project(v, problem.image_rays, problem.images.shape[-2])),
-                           problem.image_rays, *shape[:2])
+    def power(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        v = state[0] / state[1]
+        v = backproject(_filter(ramp, project(v, problem.image_rays, problem.images.shape[-2])),
+                        problem.image_rays, *shape[:2])
+        return v, jnp.linalg.norm(v)
 
-    def power(_: int, v: jax.Array) -> jax.Array:
-        v = apply(v)
-        return v / jnp.linalg.norm(v)
-
-    v = jax.lax.fori_loop(0, 12, power, jnp.full(shape, 1 / np.sqrt(shape[0] * shape[1])))
-    return jnp.linalg.norm(apply(v))
+    return jax.lax.fori_loop(0, 12, power, (jnp.ones(shape), jnp.float32(np.sqrt(shape[0] * shape[1]))))[1]
 
 
 def _filter(spectrum: jax.Array, images: jax.Array) -> jax.Array:
@@ -211,22 +218,3 @@ def _balanced(state: State, iteration: jax.Array, primal: jax.Array, change: jax
     ratio = jnp.clip(dual / jnp.maximum(primal, 1e-20), 0.5, 2.0)
     return state.rho * ratio ** (BALANCE_DECAY**iteration)
 
-
-def _guarded(problem: Problem, state: State, terms: jax.Array, refit: jax.Array, counts: bool) -> State:
-    """Remembers the volume of least cost; after a step that went wrong goes back to it, at half the step length.
-
-    A new gain is a new cost: after a refit the comparison starts afresh.
-    """
-    cost = terms[-1]
-    improved = (cost <= state.best_cost) | (refit & jnp.isfinite(cost))
-    best = jnp.where(improved, state.x, state.best)
-    state = state._replace(best=best, best_cost=jnp.where(improved, cost, state.best_cost))
-
-    def retreat() -> State:
-        projected = model.project_images(problem, model.scattering(problem, best))
-        return state._replace(x=best, projected=projected, projected_before=projected,
-                              slope=model.chemistry(problem, best, counts).slope,
-                              residual=jnp.zeros_like(state.residual), tv_dual=zero_dual(best),
-                              rho=state.rho / 2, caution=2 * state.caution)
-
-    return jax.lax.cond(cost < RETREAT * state.best_cost, lambda: state, retreat)

@@ -61,6 +61,11 @@ def solve(step: Step, problem: Any, state: Any, first_terms: jax.Array, iteratio
     return Outcome(run.state, np.asarray(run.history)[:done + 1], done, sentences[status], status != NON_FINITE)
 
 
+def settled(state: Any) -> Any:
+    """A first state whose arrays are their own, as donation needs, and of the types that steps return."""
+    return jax.tree.map(lambda a: jnp.array(a, a.dtype, copy=True), state)
+
+
 @partial(jax.jit, static_argnames=("step",), donate_argnames=("run",))
 def _advance(step: Step, problem: Any, run: Run, stop: jax.Array, tolerance: jax.Array) -> Run:
     def going(run: Run) -> jax.Array:
@@ -68,8 +73,10 @@ def _advance(step: Step, problem: Any, run: Run, stop: jax.Array, tolerance: jax
 
     def body(run: Run) -> Run:
         state, terms, change = step(problem, run.state, run.iteration)
-        status = jnp.where(change < tolerance, CONVERGED, RUNNING)
-        status = jnp.where(jnp.isfinite(terms).all() & jnp.isfinite(change), status, NON_FINITE)
+        # int32 by name: Python's integers are weakly typed, and a loop that changes its types compiles twice.
+        status = jnp.where(change < tolerance, jnp.int32(CONVERGED), jnp.int32(RUNNING))
+        finite = jnp.isfinite(terms).all() & jnp.isfinite(change)
+        status = jnp.where(finite, status, jnp.int32(NON_FINITE))
         return Run(state, run.iteration + 1, status, run.history.at[run.iteration + 1].set(terms))
 
     return jax.lax.while_loop(going, body, run)

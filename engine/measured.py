@@ -339,8 +339,8 @@ def _region(recordings: Sequence[Recording], crop: Mapping[str, Sequence[int] | 
             width = max(0, int(2 * min(axis + 0.5 - low, high - axis - 0.5))) // binning * binning
             start = round(axis + 0.5 - width / 2)
         if not width:
-            raise DataError(f"{where}: {word} [{start}, {stop}] about the tilt axis {axis:g} is narrower "
-                            f"than a bin of {binning} pixels; change data.crop or data.tilt_axis")
+            raise DataError(f"{where}: {word} [{start}, {stop}] is narrower than a bin of {binning} pixels; "
+                            f"change data.crop, or data.tilt_axis, now {axis:g}")
         bounds.append((start, start + width))
     region = bounds[0], bounds[1]
     for recording in recordings:

@@ -21,6 +21,9 @@ from engine.losses import least_squares, poisson, poisson_curvature
 from engine.penalties import total_variation
 from engine.projector import Geometry, backproject, bucket, geometry, project
 
+# The gain is refitted every 5 of the first 25 iterations, then frozen: it has settled to a percent by then, and a cost
+# that keeps moving could not be compared with its own past.
+GAIN_STEPS, GAIN_EVERY = 25, 5
 # A voxel at 0 has no HAADF gradient for gamma > 1 and would never hear that term again: solvers keep this floor.
 FLOOR = 1e-4
 START_STEPS = 5  # EM steps of the start: measured best between 3 and 5; the converged one is the worst start
@@ -129,12 +132,11 @@ def map_precision(problem: Problem, expected: jax.Array, counts: bool) -> jax.Ar
     return poisson_curvature(expected + 0.1 * expected.mean((1, 2, 3), keepdims=True))
 
 
-def chemical_curvature(problem: Problem, counts: bool) -> jax.Array:
-    """A diagonal that bounds the chemical term's expected Hessian at the start: s^2 A'(w A 1), (element, z, y, x)."""
+def chemical_curvature(problem: Problem, signal: jax.Array, counts: bool) -> jax.Array:
+    """A diagonal that bounds the chemical term's expected Hessian, s^2 A'(w A 1), where the maps' signal is `signal`."""
     x = problem.start
     path = project(jnp.ones_like(x[:1]), problem.map_rays, problem.maps.shape[-2])
-    expected = problem.sensitivity * project(x, problem.map_rays, problem.maps.shape[-2]) + problem.background
-    weight = map_precision(problem, expected, counts)
+    weight = map_precision(problem, signal + problem.background, counts)
     bound = problem.sensitivity**2 * backproject(weight * path, problem.map_rays, *x.shape[1:3])
     # Voxels that few rays cross would take steps without limit.
     return jnp.maximum(bound, 1e-2 * bound.max((1, 2, 3), keepdims=True))
@@ -184,20 +186,24 @@ def em_start(maps: jax.Array, background: jax.Array, sensitivity: jax.Array, ray
              steps: int) -> jax.Array:
     """Concentrations (element, z, y, x) after a few EM steps of the Poisson likelihood from a flat start."""
     counts = jnp.maximum(maps, 0)
-    seen = rays.weight[:, None, None]
-    path = project(jnp.ones((1, *shape, maps.shape[-1])), rays, maps.shape[-2])
-    mean = ((counts - background) * seen).sum((1, 2, 3), keepdims=True) / (sensitivity * path.sum())
+    ones = jnp.ones((1, *counts.shape[1:])) * rays.weight[:, None, None]
+    seen = backproject(ones, rays, *shape)
+    mean = ((counts - background) * ones).sum((1, 2, 3), keepdims=True) / (sensitivity * seen.sum())
     x = jnp.ones((maps.shape[0], *shape, maps.shape[-1])) * jnp.maximum(mean, 1e-6)
-    return jax.lax.fori_loop(0, steps, lambda _, x: em_step(counts, background, sensitivity, rays, x), x)
+    seen = jnp.maximum(seen, 1e-3)
+    return jax.lax.fori_loop(0, steps, lambda _, x: em_step(counts, background, sensitivity, rays, seen, x), x)
 
 
-def em_step(counts: jax.Array, background: jax.Array, sensitivity: jax.Array, rays: Geometry,
+def em_step(counts: jax.Array, background: jax.Array, sensitivity: jax.Array, rays: Geometry, seen: jax.Array,
             x: jax.Array) -> jax.Array:
-    """x A'(b / (s A x + background)) / A' 1: expectation maximisation (L. Shepp, Y. Vardi, 1982)."""
+    """x A'(b / (s A x + background)) / seen, seen = A' 1: expectation maximisation (L. Shepp, Y. Vardi, 1982)."""
     expected = sensitivity * project(x, rays, counts.shape[-2]) + background
-    shape = x.shape[1:3]
-    seen = backproject(jnp.ones_like(counts[:1]), rays, *shape)
-    return x * backproject(counts / (expected + 1e-6), rays, *shape) / jnp.maximum(seen, 1e-3)
+    return x * backproject(counts / (expected + 1e-6), rays, *x.shape[1:3]) / seen
+
+
+def seen(problem: Problem, shape: tuple[int, int]) -> jax.Array:
+    """A' 1 of the maps: how much each voxel is seen, (1, z, y, x)."""
+    return backproject(jnp.ones_like(problem.maps[:1]), problem.map_rays, *shape)
 
 
 def fit_contrast(images: jax.Array, rays: Geometry, start: jax.Array, gamma: float) -> np.ndarray:

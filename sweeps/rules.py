@@ -1,0 +1,112 @@
+"""Rules between the settings of one cell: what no single field can know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from engine.phantoms import ELEMENTS
+from sweeps.schema import ChemSource, Element, Measured, Phantom, Range, Source, Sweep
+from sweeps.yamlio import Keys, flow
+
+Problem = tuple[Keys, str]
+"""Where in the YAML, and a sentence without its place."""
+
+HAADF_METHODS = ("fused", "plain", "fista")
+SYMBOLS = (
+    "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr "
+    "Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu "
+    "Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr "
+    "Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og").split()
+
+
+def tunables(sweep: Sweep) -> dict[str, Range]:
+    """The searched settings of the solver, by dotted name."""
+    values = {f"solver.{name}": getattr(sweep.solver, name) for name in type(sweep.solver).model_fields}
+    return {name: value for name, value in values.items() if isinstance(value, Range)}
+
+
+def conflicts(sweep: Sweep) -> Iterator[Problem]:
+    """What does not fit together in a sweep without a grid."""
+    data, solver, search = sweep.data, sweep.solver, sweep.search
+    yield from _phantom(data, sweep) if isinstance(data, Phantom) else _measured(data, sweep)
+    if tunables(sweep) and search.trials < search.initial:
+        yield ("search", "trials"), (f"{search.trials} trials end before the {search.initial} initial ones; "
+                                     f"write initial: {max(1, search.trials // 2)}")
+    if solver.record and solver.record[-1] > solver.iterations:
+        yield ("solver", "record", len(solver.record) - 1), (
+            f"iteration {solver.record[-1]} is never reached; solver.iterations is {solver.iterations}")
+    maps = data.chem_tilts or (_projections(data.chem) if isinstance(data, Measured) else None)
+    if search.objective == "heldout" and maps is not None and search.folds > maps:
+        yield ("search", "folds"), (f"{search.folds} folds need as many chemical maps, and there are {maps}"
+                                    + (f"; write folds: {maps}" if maps > 1 else ""))
+
+
+def _phantom(data: Phantom, sweep: Sweep) -> Iterator[Problem]:
+    gamma = sweep.solver.gamma if sweep.solver.method in HAADF_METHODS and data.haadf_tilts else None
+    if data.gamma is None and isinstance(gamma, Range):
+        yield ("data", "gamma"), ("is needed where solver.gamma is searched, else each trial would simulate "
+                                  "images of its own; write data: {gamma: 1.6}")
+    levels = [*ELEMENTS[data.phantom], "haadf"]
+    for name, snr in data.snr.items():
+        keys: Keys = ("data", "snr", name)
+        if name not in [*levels, "chem"]:
+            yield keys, f"{data.phantom} has no {name}; it has {', '.join(ELEMENTS[data.phantom])}"
+        elif name == "chem" and snr <= 0:
+            yield keys, f"the factor on SNR - 1 must be above 0, not {snr:g}"
+        elif name != "chem" and snr <= 1:
+            yield keys, f"must be above 1, not {snr:g}: Poisson counts have an SNR of 1 + their mean"
+    missing = [name for name in levels if name not in data.snr]
+    if missing:
+        yield ("data", "snr"), f"lacks {', '.join(missing)}; {data.phantom} needs {', '.join(levels)}"
+
+
+def _measured(data: Measured, sweep: Sweep) -> Iterator[Problem]:
+    if sweep.search.objective == "nrmse" and data.truth is None:
+        yield ("search", "objective"), "nrmse needs data.truth; without a truth write objective: heldout"
+    yield from _source("chem", data.chem, data.chem_tilts)
+    if data.haadf:
+        yield from _source("haadf", data.haadf, data.haadf_tilts)
+    elif data.haadf_tilts:
+        yield ("data", "haadf_tilts"), "there is no data.haadf to take images from"
+    yield from _elements(data.chem.elements)
+    if data.sensitivity is not None and data.sensitivity.keys() != data.chem.elements.keys():
+        yield ("data", "sensitivity"), f"needs one number for each of {', '.join(data.chem.elements)}"
+
+
+def _elements(elements: dict[str, int | Element]) -> Iterator[Problem]:
+    keys: Keys = ("data", "chem", "elements")
+    for name, item in elements.items():
+        number = item.number if isinstance(item, Element) else item
+        if name in SYMBOLS and SYMBOLS.index(name) + 1 != number:
+            yield (*keys, name), f"{name} has atomic number {SYMBOLS.index(name) + 1}, not {number}"
+    indices = [item.index for item in elements.values() if isinstance(item, Element)]
+    given = [index for index in indices if index is not None]
+    if given and len(set(given)) < len(elements):
+        yield keys, "give every element an index of its own, or none of them"
+
+
+def _source(name: str, source: Source, wanted: int | None) -> Iterator[Problem]:
+    keys: Keys = ("data", name)
+    several = isinstance(source, ChemSource) and len(source.elements) > 1
+    missing = [axis for axis in ("element", "tilt", "y", "x")
+               if axis not in source.axes and (several or axis != "element")]
+    if missing:
+        yield (*keys, "axes"), f"{flow(source.axes)} lacks {', '.join(missing)}"
+    if "element" in source.axes and not isinstance(source, ChemSource):
+        yield (*keys, "axes"), "HAADF images have no axis element; name the array with key"
+    angles = source.angles if isinstance(source.angles, list) else None
+    if angles and source.tilts and max(source.tilts) >= len(angles):
+        yield (*keys, "tilts"), f"there is no index {max(source.tilts)}; {len(angles)} angles count from 0"
+    for field in ("shifts", "background"):
+        value = getattr(source, field)
+        if isinstance(value, list) and angles and len(value) != len(angles):
+            yield (*keys, field), f"has {len(value)} entries for {len(angles)} angles; give one for each"
+    there = _projections(source)
+    if there is not None and wanted is not None and wanted > there:
+        yield ("data", f"{name}_tilts"), f"wants {wanted} projections, and there are {there}"
+
+
+def _projections(source: Source) -> int | None:
+    """How many projections a source uses, where the YAML tells."""
+    listed = source.tilts or source.angles
+    return len(listed) if isinstance(listed, list) else None

@@ -1,0 +1,60 @@
+"""Named stages of preparing a cell, each kept under `stages/` by the hash of its inputs.
+
+Cells that share inputs share the result: noise is drawn once, a phantom is rasterised once, for all trials and all
+workers. A stage is a function of its inputs alone and returns arrays; it imports without JAX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.phantoms import FIELD_NM, phantom
+from sweeps.schema import Phantom
+
+Arrays = dict[str, np.ndarray]
+
+
+def key(name: str, inputs: dict[str, Any]) -> str:
+    """The name under which a stage's result is kept: equal inputs, equal name."""
+    text = json.dumps(inputs, sort_keys=True, default=str)
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def stage(folder: Path, name: str, inputs: dict[str, Any], make: Callable[[], Arrays]) -> Arrays:
+    """The arrays of a stage, from `folder`/stages or newly made.
+
+    Two workers may make the same one at once: each writes aside and renames, and both write the same.
+    A file that a kill left torn is made again.
+    """
+    path = folder / "stages" / f"{key(name, inputs)}.npz"
+    if path.exists():
+        try:
+            with np.load(path) as kept:
+                return dict(kept)
+        except (OSError, ValueError, EOFError, KeyError):
+            path.unlink(missing_ok=True)
+    arrays = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+    try:
+        with aside.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return arrays
+
+
+def truth(folder: Path, data: Phantom) -> np.ndarray:
+    """The concentrations (element, z, y, x) of a simulated specimen."""
+    inputs = {"phantom": data.phantom, "size": data.size}
+    make = lambda: {"volume": phantom(data.phantom, (data.size,) * 3, FIELD_NM / data.size)}  # noqa: E731
+    return stage(folder, "truth", inputs, make)["volume"]

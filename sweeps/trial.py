@@ -1,0 +1,250 @@
+"""The one function that runs on a worker: settings in, a row of the atlas out."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import fused3d, measured, metrics, simulate
+from engine.data import DataError, MultiModal, Solution, TiltSeries
+from engine.phantoms import ELEMENTS, FIELD_NM
+from sweeps import stages
+from sweeps.schema import Measured, Phantom, Source
+from sweeps.settings import Sweep, dump, load
+
+Message = dict[str, Any]
+Score = dict[str, Any]  # {"objective": float | None, "metrics": {...}, "elements": {name: {element: float}}}
+
+
+def run(message: Message) -> dict[str, Any]:
+    """Evaluate one trial (SPEC of messages and results: `sweeps.coordinator`).
+
+    A solve that fails, and data that cannot be read, give a row whose status is the sentence; nothing is raised.
+    """
+    begun = time.perf_counter()
+    result: dict[str, Any] = {key: message[key] for key in ("cell", "trial", "attempt")}
+    result |= {"status": "ok", "objective": None, "metrics": {}, "elements": {}, "checkpoints": [], "iterations": 0,
+               "seconds": 0.0, "worker": "", "volume": None}
+    try:
+        sweep = load(message["settings"])
+        solution, scored = _evaluate(sweep, Path(message["folder"]))
+        result |= scored
+        result["iterations"] = int(solution.metrics["iterations"])
+        if not solution.ok:
+            result |= {"status": solution.status, "objective": None}
+        elif sweep.output.save != "none":
+            result["volume"] = _write_volume(message, sweep, solution)
+    except DataError as error:
+        result["status"] = str(error)
+    result["seconds"] = time.perf_counter() - begun
+    return result
+
+
+def _evaluate(sweep: Sweep, folder: Path) -> tuple[Solution, dict[str, Any]]:
+    data = prepared(sweep, folder)
+    truth = data.truth
+    if sweep.search.objective == "heldout":
+        solution = _solve(sweep, data, {})
+        held = _held_out(sweep, data)
+        score = _against_truth(solution.volume, truth, data) if truth is not None else _nothing()
+        score = {**score, "metrics": {**score["metrics"], **held["metrics"]}, "objective": held["objective"]}
+        return solution, {**score, "checkpoints": held["checkpoints"]}
+    if truth is None:
+        raise DataError("the objective nrmse needs a truth; give data.truth, or search.objective: heldout")
+    stops: dict[int, Score] = {}
+    solution = _solve(sweep, data, stops)
+    score = _against_truth(solution.volume, truth, data)
+    return solution, {**score, "checkpoints": [{"iterations": n, **stop} for n, stop in stops.items()]}
+
+
+def _solve(sweep: Sweep, data: MultiModal, stops: dict[int, Score]) -> Solution:
+    """A solve with all maps; where a truth is known, checkpoints are scored into `stops`."""
+    if data.truth is None:
+        return fused3d.reconstruct(data, solver_settings(sweep))
+    return fused3d.reconstruct(
+        data, solver_settings(sweep), checkpoints=sweep.solver.record,
+        observe=lambda n, volume: stops.update({n: _against_truth(volume, data.truth, data)}))
+
+
+def _held_out(sweep: Sweep, data: MultiModal) -> Score:
+    """Poisson deviance per pixel of maps that the solve has not seen: every k-th tilt in turn is left out."""
+    folds = sweep.search.folds
+    values: dict[int, list[float]] = {}
+    for fold in range(folds):
+        out = tuple(range(fold, data.chem.tilts, folds))
+
+        def score(n: int, volume: np.ndarray, sensitivity: np.ndarray, out: tuple[int, ...] = out) -> None:
+            values.setdefault(n, []).append(deviance(data, volume, sensitivity, out))
+
+        seen: list[tuple[int, np.ndarray]] = []
+        solution = fused3d.reconstruct(data, solver_settings(sweep), checkpoints=sweep.solver.record,
+                                       observe=lambda n, v, seen=seen: seen.append((n, v)), held_out=out)
+        if not solution.ok:
+            raise DataError(f"fold {fold}: {solution.status}")
+        sensitivity = sensitivities(solution, data)
+        for n, volume in seen:
+            score(n, volume, sensitivity)
+        if not seen or seen[-1][0] != sweep.solver.iterations:
+            score(sweep.solver.iterations, solution.volume, sensitivity)
+    scores = {n: _summary(found) for n, found in sorted(values.items())}
+    checkpoints = [{"iterations": n, **scores[n]} for n in sweep.solver.record if n in scores]
+    return {**scores[sweep.solver.iterations], "checkpoints": checkpoints}
+
+
+def _summary(folds: list[float]) -> Score:
+    """The mean over folds, its standard error, and each fold, for paired comparisons."""
+    mean = float(np.mean(folds))
+    error = float(np.std(folds, ddof=1) / np.sqrt(len(folds)))
+    single = {f"heldout_fold_{k}": value for k, value in enumerate(folds)}
+    return {"objective": mean, "metrics": {"heldout": mean, "heldout_se": error, **single}, "elements": {}}
+
+
+def deviance(data: MultiModal, volume: np.ndarray, sensitivity: np.ndarray, tilts: tuple[int, ...]) -> float:
+    """Deviance per pixel of the maps at some tilts: Poisson for counts, squared error over variance otherwise."""
+    index = list(tilts)
+    expected = fused3d.predict(data, volume, sensitivity)[:, index]
+    maps = data.chem.projections[:, index]
+    if data.chem.units == "counts":
+        return metrics.poisson_deviance(maps, expected) / maps.size
+    noise = data.chem.noise_level()[:, None, None, None]
+    return float(np.mean(((maps - expected) / noise) ** 2))
+
+
+def sensitivities(solution: Solution, data: MultiModal) -> np.ndarray:
+    """(element,) counts per voxel at concentration 1, as given or as the solver fitted them."""
+    return np.array([solution.metrics[f"sensitivity_{element}"] for element in data.chem.elements])
+
+
+def _against_truth(volume: np.ndarray, truth: np.ndarray, data: MultiModal) -> Score:
+    each = metrics.nrmse_elements(volume, truth)
+    scale = metrics.scale_error(volume, truth)
+    mean = float(each.mean())
+    elements = data.chem.elements
+    return {"objective": mean if np.isfinite(mean) else None, "metrics": {"nrmse": mean},
+            "elements": {"nrmse": dict(zip(elements, map(float, each), strict=True)),
+                         "scale_error": dict(zip(elements, map(float, scale), strict=True))}}
+
+
+def _nothing() -> Score:
+    return {"objective": None, "metrics": {}, "elements": {}}
+
+
+def solver_settings(sweep: Sweep) -> fused3d.Settings:
+    """The engine's settings: the YAML's `solver`, less what only a sweep knows."""
+    values = sweep.solver.model_dump()
+    return fused3d.Settings(**{name: values[name] for name in fused3d.Settings.__dataclass_fields__})
+
+
+def prepared(sweep: Sweep, folder: Path) -> MultiModal:
+    """A cell's data: simulated or read once, then kept in memory and, simulated, under stages/."""
+    inputs = {"data": dump(sweep)["data"], "seed": sweep.seed, "path": str(sweep.path or "")}
+    if isinstance(sweep.data, Phantom):
+        inputs |= {"gamma": _true_gamma(sweep), "weights": sweep.solver.weights}
+    return _Recent.get(stages.key("prepared", inputs), lambda: _prepare(sweep, folder, inputs))
+
+
+class _Recent:
+    """The last cells' data: trials of a cell stick to a worker, so a few are enough."""
+
+    kept: dict[str, MultiModal] = {}
+    limit = 3
+
+    @classmethod
+    def get(cls, name: str, make) -> MultiModal:
+        """What is kept under a name, made if need be; the oldest goes."""
+        if name not in cls.kept:
+            while len(cls.kept) >= cls.limit:
+                cls.kept.pop(next(iter(cls.kept)))
+            cls.kept[name] = make()
+        return cls.kept[name]
+
+
+def _true_gamma(sweep: Sweep) -> float:
+    data = sweep.data
+    return float(data.gamma if data.gamma is not None else sweep.solver.gamma)
+
+
+def _prepare(sweep: Sweep, folder: Path, inputs: dict[str, Any]) -> MultiModal:
+    if isinstance(sweep.data, Measured):
+        return read(sweep.data)
+    data, elements = sweep.data, ELEMENTS[sweep.data.phantom]
+    volume = stages.truth(folder, data)
+    haadf = simulate.spread(tuple(data.tilt_range), data.haadf_tilts)
+    chem = simulate.chemical_angles(tuple(data.tilt_range), data.haadf_tilts, data.chem_tilts, data.chem_angles)
+    # snr.chem scales the mean counts, and so SNR - 1, of all elements together.
+    snr = {element: 1 + data.snr["chem"] * (data.snr[element] - 1) for element in elements}
+    seed = [sweep.seed, data.replicate, zlib.crc32(stages.key("noise", inputs).encode())]
+
+    def make() -> stages.Arrays:
+        made = simulate.multimodal(
+            volume, tuple(elements.values()), tuple(elements), pixel_size=FIELD_NM / data.size, haadf_angles=haadf,
+            chem_angles=chem, snr=snr | {"haadf": data.snr["haadf"]}, gamma=_true_gamma(sweep),
+            background=data.background, background_known=data.background_known, weights=sweep.solver.weights,
+            seed=seed)
+        arrays = {"maps": made.chem.projections, "background": made.chem.background,
+                  "sensitivity": made.sensitivity}
+        return arrays if made.haadf is None else arrays | {"images": made.haadf.projections,
+                                                            "noise": made.haadf.noise}
+
+    arrays = stages.stage(folder, "simulate", inputs, make)
+    pixel = FIELD_NM / data.size
+    maps = TiltSeries(arrays["maps"], chem, tuple(elements), pixel, "counts", arrays["background"])
+    images = None
+    if "images" in arrays:
+        images = TiltSeries(arrays["images"], haadf, ("HAADF",), pixel, "intensity", noise=arrays["noise"])
+    return MultiModal(maps, images, tuple(elements.values()), volume.shape[1:], arrays["sensitivity"], volume)
+
+
+def read(data: Measured) -> MultiModal:
+    """Measured series, aligned, cropped and binned to one grid."""
+    chem = _recording(data, data.chem, data.chem_tilts)
+    haadf = None if data.haadf is None or data.haadf_tilts == 0 else _recording(data, data.haadf, data.haadf_tilts)
+    crop = None if data.crop is None else data.crop.model_dump()
+    series = measured.prepare(*([chem] if haadf is None else [chem, haadf]), pixel_size=data.pixel_size, crop=crop,
+                              binning=data.binning, tilt_axis=data.tilt_axis)
+    elements = data.chem.elements
+    numbers = tuple(e if isinstance(e, int) else e.number for e in elements.values())
+    ny, nx = series[0].projections.shape[2:]
+    volume = data.volume
+    wide = ((volume.ny if volume else None) or ny) + 2 * (volume.padding if volume else 0)
+    shape = ((volume.nz if volume else None) or ny, wide, nx)
+    truth = None
+    if data.truth is not None:
+        truth = measured.read_truth(data.truth.path, key=data.truth.key, axes=data.truth.axes, root=data.root,
+                                    elements=tuple(elements), shape=shape)
+    known = data.sensitivity
+    sensitivity = None if known is None else np.array([known[e] for e in elements])
+    return MultiModal(series[0], series[1] if haadf is not None else None, numbers, shape, sensitivity, truth)
+
+
+def _recording(data: Measured, source: Source, count: int | None) -> measured.Recording:
+    given = source.model_dump()
+    if count is not None:
+        total = len(measured.read_series(**given, root=data.root).angles)
+        chosen = given["tilts"] or list(range(total))
+        given["tilts"] = [chosen[i] for i in simulate.even_subset(len(chosen), count)]
+    return measured.read_series(**given, root=data.root)
+
+
+def _write_volume(message: Message, sweep: Sweep, solution: Solution) -> str:
+    """The solution as a Zarr group of this trial alone; returns its path within the run folder."""
+    import zarr
+
+    name = f"volumes/{message['cell']}-{message['trial']}-{message['attempt']}.zarr"
+    group = zarr.open_group(Path(message["folder"]) / name, mode="w", zarr_format=3)
+    volume = solution.volume
+    group.create_array("volume", data=volume, chunks=(1, *volume.shape[1:]),
+                       dimension_names=("element", "z", "y", "x"))
+    for field, array in solution.fields.items():
+        group.create_array(f"field_{field}", data=array)
+    for term, values in solution.history.items():
+        group.create_array(f"history_{term}", data=values.astype(np.float64), dimension_names=("iteration",))
+    data = prepared(sweep, Path(message["folder"]))
+    group.attrs.update({"elements": list(data.chem.elements), "voxel_nm": data.chem.pixel_size,
+                        "metrics": solution.metrics, "status": solution.status})
+    return name
