@@ -110,6 +110,13 @@ def estimate_noise(images: np.ndarray) -> float:
     return max(sigma, 1e-3 * float(np.abs(images).mean()), float(np.finfo(np.float32).tiny))
 
 
+def even_subset(total: int, count: int) -> np.ndarray:
+    """Indices of `count` of `total` items, as evenly spread as can be, ends included."""
+    if count == 1:
+        return np.array([(total - 1) // 2])
+    return np.round(np.linspace(0, total - 1, count)).astype(int)
+
+
 @dataclass(frozen=True)
 class MultiModal:
     """A HAADF series and chemical maps of one specimen, on one detector grid.

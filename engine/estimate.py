@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Time of one iteration, in nanoseconds per unit of work on one core of a 2 x 2.6 GHz AVX-512 machine, measured at
-# 64^3 x 4 elements: a projection and its adjoint per voxel and tilt, and a TV dual step per voxel and element.
-CORE_PROJECTION_NS = 0.45
-CORE_TV_NS = 14.0
-CORE_OTHER_NS = 40.0
-# An H200 moves 4.8 TB/s: estimated 4 ms per iteration at 256^3 x 4 elements, 47 + 9 tilts, 4 dual steps, bound by the
-# traffic of TV. Not measured yet.
-GPU_SPEED_UP = 700.0
+# Nanoseconds per unit of work: a projection or back projection per voxel and tilt, a TV dual step per voxel and element,
+# and the rest of an iteration per voxel and element.
+# One core with AVX-512 at 2.6 GHz, measured at 64^3 x 4 elements, 47 + 9 tilts: 52 ms per iteration with 4 TV steps.
+# Volumes that leave the cache take up to twice as long.
+CORE_NS = {"projection": 0.2, "tv": 9.0, "rest": 8.0}
+# An H200, not measured: from its 4.8 TB/s, about 4 ms per iteration at 256^3 x 4 elements, bound by the traffic of TV.
+GPU_NS = {"projection": 0.001, "tv": 0.012, "rest": 0.01}
 _SINGLE = 4  # bytes of a float32
 
 
@@ -44,6 +43,7 @@ def solve(*, system: str, elements: int, shape: tuple[int, int, int], haadf_tilt
         "scattering and its slope": (2 if haadf_tilts else 0) * voxels + (volumes if haadf_tilts else 0),
     }
     projections = voxels * haadf_tilts + volumes * chem_tilts
-    nanoseconds = CORE_PROJECTION_NS * 2 * projections + (CORE_TV_NS * inner + CORE_OTHER_NS) * volumes
-    core = 1e-9 * iterations * nanoseconds
-    return Estimate({name: _SINGLE * count for name, count in memory.items() if count}, core / GPU_SPEED_UP, core)
+    work = {"projection": 2 * projections, "tv": inner * volumes, "rest": volumes}
+    core, gpu = (1e-9 * iterations * sum(cost[part] * count for part, count in work.items())
+                 for cost in (CORE_NS, GPU_NS))
+    return Estimate({name: _SINGLE * count for name, count in memory.items() if count}, gpu, core)

@@ -50,6 +50,12 @@ def prox_tv(volume: jax.Array, weight: jax.Array, metric: jax.Array, dual: Dual,
     dual by 6 (D here + D there), which is their 12 where the metric is constant.
     """
     metric = jnp.broadcast_to(metric, volume.shape)
+    if volume.ndim > 3:
+        # Elements one at a time: their ten arrays stay in the cache, which nearly halves the time at 64^3.
+        def one(element: tuple) -> tuple[jax.Array, Dual]:
+            return prox_tv(element[0], weight, element[1], element[2], steps, floor)
+
+        return jax.lax.map(one, (volume, metric, dual))
     ahead = [_shifted(metric, axis, 1) for axis in _AXES]
     rate = 1 / (6 * (metric + jnp.maximum(jnp.maximum(ahead[0], ahead[1]), jnp.maximum(ahead[2], metric))))
 

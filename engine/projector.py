@@ -157,3 +157,7 @@ def _backproject_bwd(nz, ny, residual, cotangent):
 
 project.defvjp(_project_fwd, _project_bwd)
 backproject.defvjp(_backproject_fwd, _backproject_bwd)
+
+# Outside a compiled program (predictions, fitted contrasts) each call would otherwise compile its scan anew.
+project = jax.jit(project, static_argnums=2, inline=True)  # type: ignore[assignment]
+backproject = jax.jit(backproject, static_argnums=(2, 3), inline=True)  # type: ignore[assignment]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine.data import DataError, MultiModal, TiltSeries
+from engine.data import DataError, MultiModal, TiltSeries, even_subset
 from engine.projector import bucket, geometry, project
 
 _project = jax.jit(project, static_argnums=2)
@@ -25,13 +25,6 @@ def chemical_angles(tilt_range: tuple[float, float], haadf: int, chem: int, choi
     if choice == "even" or chem > haadf:
         return spread(tilt_range, chem)
     return images[even_subset(haadf, chem)]
-
-
-def even_subset(total: int, count: int) -> np.ndarray:
-    """Indices of `count` of `total` items, as evenly spread as can be, ends included."""
-    if count == 1:
-        return np.array([(total - 1) // 2])
-    return np.round(np.linspace(0, total - 1, count)).astype(int)
 
 
 def clean_projections(volume: np.ndarray, angles: np.ndarray, pixels: int) -> np.ndarray:

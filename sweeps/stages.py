@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from engine import measured
+from engine.data import MultiModal, even_subset
 from engine.phantoms import FIELD_NM, phantom
-from sweeps.schema import Phantom
+from sweeps.schema import Measured, Phantom, Source
 
 Arrays = dict[str, np.ndarray]
 
@@ -58,3 +60,34 @@ def truth(folder: Path, data: Phantom) -> np.ndarray:
     inputs = {"phantom": data.phantom, "size": data.size}
     make = lambda: {"volume": phantom(data.phantom, (data.size,) * 3, FIELD_NM / data.size)}  # noqa: E731
     return stage(folder, "truth", inputs, make)["volume"]
+
+
+def measured_data(data: Measured) -> MultiModal:
+    """Measured series, aligned, cropped and binned to one grid."""
+    chem = _recording(data, data.chem, data.chem_tilts)
+    haadf = None if data.haadf is None or data.haadf_tilts == 0 else _recording(data, data.haadf, data.haadf_tilts)
+    crop = None if data.crop is None else data.crop.model_dump()
+    series = measured.prepare(*([chem] if haadf is None else [chem, haadf]), pixel_size=data.pixel_size, crop=crop,
+                              binning=data.binning, tilt_axis=data.tilt_axis)
+    elements = data.chem.elements
+    numbers = tuple(e if isinstance(e, int) else e.number for e in elements.values())
+    ny, nx = series[0].projections.shape[2:]
+    volume = data.volume
+    wide = ((volume.ny if volume else None) or ny) + 2 * (volume.padding if volume else 0)
+    shape = ((volume.nz if volume else None) or ny, wide, nx)
+    truth = None
+    if data.truth is not None:
+        truth = measured.read_truth(data.truth.path, key=data.truth.key, axes=data.truth.axes, root=data.root,
+                                    elements=tuple(elements), shape=shape)
+    known = data.sensitivity
+    sensitivity = None if known is None else np.array([known[e] for e in elements])
+    return MultiModal(series[0], series[1] if haadf is not None else None, numbers, shape, sensitivity, truth)
+
+
+def _recording(data: Measured, source: Source, count: int | None) -> measured.Recording:
+    given = source.model_dump()
+    if count is not None:
+        total = len(measured.read_series(**given, root=data.root).angles)
+        chosen = given["tilts"] or list(range(total))
+        given["tilts"] = [chosen[i] for i in even_subset(len(chosen), count)]
+    return measured.read_series(**given, root=data.root)

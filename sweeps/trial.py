@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from engine import fused3d, measured, metrics, simulate
+from engine import fused3d, metrics, simulate
 from engine.data import DataError, MultiModal, Solution, TiltSeries
 from engine.phantoms import ELEMENTS, FIELD_NM
 from sweeps import stages
-from sweeps.schema import Measured, Phantom, Source
+from sweeps.schema import Measured, Phantom
 from sweeps.settings import Sweep, dump, load
 
 Message = dict[str, Any]
@@ -142,7 +142,7 @@ def solver_settings(sweep: Sweep) -> fused3d.Settings:
 
 def prepared(sweep: Sweep, folder: Path) -> MultiModal:
     """A cell's data: simulated or read once, then kept in memory and, simulated, under stages/."""
-    inputs = {"data": dump(sweep)["data"], "seed": sweep.seed, "path": str(sweep.path or "")}
+    inputs = {"data": dump(sweep)["data"], "seed": sweep.seed}
     if isinstance(sweep.data, Phantom):
         inputs |= {"gamma": _true_gamma(sweep), "weights": sweep.solver.weights}
     return _Recent.get(stages.key("prepared", inputs), lambda: _prepare(sweep, folder, inputs))
@@ -171,7 +171,7 @@ def _true_gamma(sweep: Sweep) -> float:
 
 def _prepare(sweep: Sweep, folder: Path, inputs: dict[str, Any]) -> MultiModal:
     if isinstance(sweep.data, Measured):
-        return read(sweep.data)
+        return stages.measured_data(sweep.data)
     data, elements = sweep.data, ELEMENTS[sweep.data.phantom]
     volume = stages.truth(folder, data)
     haadf = simulate.spread(tuple(data.tilt_range), data.haadf_tilts)
@@ -198,37 +198,6 @@ def _prepare(sweep: Sweep, folder: Path, inputs: dict[str, Any]) -> MultiModal:
     if "images" in arrays:
         images = TiltSeries(arrays["images"], haadf, ("HAADF",), pixel, "intensity", noise=arrays["noise"])
     return MultiModal(maps, images, tuple(elements.values()), volume.shape[1:], arrays["sensitivity"], volume)
-
-
-def read(data: Measured) -> MultiModal:
-    """Measured series, aligned, cropped and binned to one grid."""
-    chem = _recording(data, data.chem, data.chem_tilts)
-    haadf = None if data.haadf is None or data.haadf_tilts == 0 else _recording(data, data.haadf, data.haadf_tilts)
-    crop = None if data.crop is None else data.crop.model_dump()
-    series = measured.prepare(*([chem] if haadf is None else [chem, haadf]), pixel_size=data.pixel_size, crop=crop,
-                              binning=data.binning, tilt_axis=data.tilt_axis)
-    elements = data.chem.elements
-    numbers = tuple(e if isinstance(e, int) else e.number for e in elements.values())
-    ny, nx = series[0].projections.shape[2:]
-    volume = data.volume
-    wide = ((volume.ny if volume else None) or ny) + 2 * (volume.padding if volume else 0)
-    shape = ((volume.nz if volume else None) or ny, wide, nx)
-    truth = None
-    if data.truth is not None:
-        truth = measured.read_truth(data.truth.path, key=data.truth.key, axes=data.truth.axes, root=data.root,
-                                    elements=tuple(elements), shape=shape)
-    known = data.sensitivity
-    sensitivity = None if known is None else np.array([known[e] for e in elements])
-    return MultiModal(series[0], series[1] if haadf is not None else None, numbers, shape, sensitivity, truth)
-
-
-def _recording(data: Measured, source: Source, count: int | None) -> measured.Recording:
-    given = source.model_dump()
-    if count is not None:
-        total = len(measured.read_series(**given, root=data.root).angles)
-        chosen = given["tilts"] or list(range(total))
-        given["tilts"] = [chosen[i] for i in simulate.even_subset(len(chosen), count)]
-    return measured.read_series(**given, root=data.root)
 
 
 def _write_volume(message: Message, sweep: Sweep, solution: Solution) -> str:
