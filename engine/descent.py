@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,11 +93,12 @@ def start_simple(problem: Problem, counts: bool) -> tuple[State, jax.Array]:
     """A flat start for ML and SIRT."""
     x = jnp.ones_like(problem.start) * problem.start.mean((1, 2, 3), keepdims=True)
     terms = _likelihood(problem, x, counts)
-    one, seen = jnp.float32(1), model.seen(problem, x.shape[1:3])
+    one, seen = jnp.float32(1), model.seen(problem)
     return settled(State(x, one, Dual(one, one, one), one, one, seen, terms[-1])), terms
 
 
-def step_em(problem: Problem, state: State, iteration: jax.Array, *, counts: bool) -> tuple[State, jax.Array, jax.Array]:
+def step_em(problem: Problem, state: State, iteration: jax.Array, *,
+            counts: bool) -> tuple[State, jax.Array, jax.Array]:
     """One EM step of the Poisson likelihood; for maps that are not counts, of their positive part."""
     maps = jnp.maximum(problem.maps, 0)
     new = model.em_step(maps, problem.background, problem.sensitivity, problem.map_rays,
@@ -105,7 +106,8 @@ def step_em(problem: Problem, state: State, iteration: jax.Array, *, counts: boo
     return _simple(problem, state, new, counts)
 
 
-def step_sirt(problem: Problem, state: State, iteration: jax.Array, *, counts: bool) -> tuple[State, jax.Array, jax.Array]:
+def step_sirt(problem: Problem, state: State, iteration: jax.Array, *,
+              counts: bool) -> tuple[State, jax.Array, jax.Array]:
     """x + C A' R (b - background - A x) / s with row and column sums R, C, kept above 0 (P. Gilbert, 1972)."""
     pixels, shape = problem.maps.shape[-2], state.x.shape[1:3]
     path = project(jnp.ones_like(state.x[:1]), problem.map_rays, pixels)
@@ -173,9 +175,9 @@ def _volume(state: State) -> jax.Array:
     return jnp.where(state.x > model.FLOOR, state.x, 0.0)
 
 
-_DESCENTS = {"plain": dict(fused=True, momentum=False, cold=True), "fista": dict(fused=True, momentum=True, cold=True),
+_DESCENTS: dict[str, dict[str, Any]] = {"plain": dict(fused=True, momentum=False, cold=True), "fista": dict(fused=True, momentum=True, cold=True),
              "chem_tv": dict(fused=False, momentum=True, cold=False)}
-_START = {name: partial(start_descent, fused=kind["fused"]) for name, kind in _DESCENTS.items()}
+_START: dict[str, Callable] = {name: partial(start_descent, fused=kind["fused"]) for name, kind in _DESCENTS.items()}
 _START |= {"ml": start_simple, "sirt": start_simple}
 _STEP = {(name, counts): partial(step_descent, counts=counts, **kind)
          for name, kind in _DESCENTS.items() for counts in (True, False)}

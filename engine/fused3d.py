@@ -85,13 +85,11 @@ def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[i
                           lambda_chem=settings.lambda_chem, lambda_tv=settings.lambda_tv, weights=settings.weights,
                           inner=settings.inner, held_out=held_out)
     counts = data.chem.units == "counts"
-    if settings.method == "fused":
-        begin, step, extract = start, _STEPS[counts], best_volume
-    else:
-        begin, step, extract = descent.solver(settings.method, counts)
+    fused: tuple[Callable, Callable, Callable] = (start, _STEPS[counts], best_volume)
+    begin, advance, extract = fused if settings.method == "fused" else descent.solver(settings.method, counts)
     state, terms = begin(problem, counts)
     watch = None if observe is None else (lambda n, s: observe(n, np.asarray(extract(s))))
-    outcome = solve(step, problem, state, terms, settings.iterations, tolerance=settings.tolerance,
+    outcome = solve(advance, problem, state, terms, settings.iterations, tolerance=settings.tolerance,
                     checkpoints=checkpoints, observe=watch)
     volume = np.asarray(extract(outcome.state))
     ok = outcome.ok and bool(np.isfinite(volume).all())

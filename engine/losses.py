@@ -8,8 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# Added to the expected counts wherever they are divided by or logged, as F3 Eq. 1 has it. It stands in the value and
-# in the gradient alike, so that the one is the other's derivative and the fixed point is A x + background = b - EPSILON.
+# Added to the expected counts wherever they are divided by or logged, as F3 Eq. 1 has it. It stands in the value and in
+# the gradient alike, so that one is the other's derivative and the fixed point is A x + background = b - EPSILON.
 EPSILON = 1e-5  # [counts]
 
 

@@ -73,7 +73,8 @@ def build(data: MultiModal, *, gamma: float, lambda_model: float, lambda_chem: f
     is_counts = chem.units == "counts"
     column = partial(_column, len(chem.elements))
     map_weight = 1.0 if is_counts else 1 / chem.noise_level() ** 2
-    background = np.broadcast_to(chem.background, (len(chem.elements), *_outer(chem.background, chem.tilts)))
+    background = np.asarray(chem.background, np.float32)
+    background = background.reshape((1,) * (4 - background.ndim) + background.shape)
     if background.shape[1] > 1:
         background = _pad_tilts(background, size)
     maps = jnp.asarray(_pad_tilts(chem.projections, size))
@@ -87,10 +88,10 @@ def build(data: MultiModal, *, gamma: float, lambda_model: float, lambda_chem: f
     contrast = numbers ** (gamma if weights == "z_gamma" else 1.0)
     if haadf is not None and data.sensitivity is None:
         contrast = fit_contrast(images, image_rays, start, gamma)
-    scalars = (jnp.float32(v) for v in (gamma, lambda_model, lambda_chem, lambda_tv))
-    return Problem(images, noise, image_rays, maps, jnp.asarray(background), column(map_weight), map_rays,
-                   sensitivity, column(contrast / contrast.max()), jnp.maximum(start, FLOOR), *scalars,
-                   jnp.int32(inner))
+    return Problem(
+        images, noise, image_rays, maps, jnp.asarray(background), column(map_weight), map_rays, sensitivity,
+        column(contrast / contrast.max()), jnp.maximum(start, FLOOR), jnp.float32(gamma), jnp.float32(lambda_model),
+        jnp.float32(lambda_chem), jnp.float32(lambda_tv), jnp.int32(inner))
 
 
 def chemistry(problem: Problem, x: jax.Array, counts: bool) -> Chemistry:
@@ -133,7 +134,7 @@ def map_precision(problem: Problem, expected: jax.Array, counts: bool) -> jax.Ar
 
 
 def chemical_curvature(problem: Problem, signal: jax.Array, counts: bool) -> jax.Array:
-    """A diagonal that bounds the chemical term's expected Hessian, s^2 A'(w A 1), where the maps' signal is `signal`."""
+    """A diagonal bound of the chemical term's expected Hessian, s^2 A'(w A 1), where the maps' signal is `signal`."""
     x = problem.start
     path = project(jnp.ones_like(x[:1]), problem.map_rays, problem.maps.shape[-2])
     weight = map_precision(problem, signal + problem.background, counts)
@@ -201,13 +202,14 @@ def em_step(counts: jax.Array, background: jax.Array, sensitivity: jax.Array, ra
     return x * backproject(counts / (expected + 1e-6), rays, *x.shape[1:3]) / seen
 
 
-def seen(problem: Problem, shape: tuple[int, int]) -> jax.Array:
+def seen(problem: Problem) -> jax.Array:
     """A' 1 of the maps: how much each voxel is seen, (1, z, y, x)."""
-    return backproject(jnp.ones_like(problem.maps[:1]), problem.map_rays, *shape)
+    nz, ny = problem.start.shape[1:3]
+    return backproject(jnp.ones_like(problem.maps[:1]), problem.map_rays, nz, ny)
 
 
 def fit_contrast(images: jax.Array, rays: Geometry, start: jax.Array, gamma: float) -> np.ndarray:
-    """(element,) non-negative c_i with sum_i c_i A_h x_i^gamma ~ images, for a start x; floored at 1e-3 of the largest."""
+    """(element,) non-negative c_i with sum_i c_i A_h x_i^gamma ~ images, floored at 1e-3 of the largest."""
     from scipy.optimize import nnls
 
     parts = np.asarray(project(jnp.asarray(start) ** gamma, rays, images.shape[-2]), np.float64)
@@ -230,11 +232,6 @@ def _images(haadf, detector: tuple[int, int]) -> tuple[jax.Array, jax.Array, Geo
 
 def _pad_tilts(stack: np.ndarray, size: int) -> np.ndarray:
     return np.pad(stack, ((0, 0), (0, size - stack.shape[1]), (0, 0), (0, 0))).astype(np.float32)
-
-
-def _outer(background: np.ndarray, tilts: int) -> tuple[int, int, int]:
-    shape = (1, 1, 1, 1)[: 4 - np.ndim(background)] + np.shape(background)
-    return shape[1:]
 
 
 def _column(elements: int, values) -> jax.Array:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-
 _AXES = (-3, -2, -1)
 
 
@@ -31,7 +30,8 @@ def gradient(volume: jax.Array) -> Dual:
 
 def gradient_adjoint(dual: Dual) -> jax.Array:
     """The adjoint of `gradient` (minus the divergence) of a field that is 0 behind the last voxel."""
-    return sum(_shifted(field, axis, -1) - field for field, axis in zip(dual, _AXES))
+    z, y, x = (_shifted(field, axis, -1) - field for field, axis in zip(dual, _AXES))
+    return z + y + x
 
 
 def total_variation(volume: jax.Array) -> jax.Array:

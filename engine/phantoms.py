@@ -115,7 +115,7 @@ def _sphere_on_face(rng: np.random.Generator, centre: np.ndarray, edge: float, a
         place = centre + axes @ local
         if np.hypot(place[0], place[1]) + radius <= 74 and abs(place[2]) + radius <= 74:
             return sphere(place, radius, {"Au": 1.0})
-        face = rng.integers(6)
+        face = int(rng.integers(6))
 
 
 def _place_cubes(rng: np.random.Generator, kinds: list[str], tries: int = 4000):

@@ -48,7 +48,7 @@ def stage(folder: Path, name: str, inputs: dict[str, Any], make: Callable[[], Ar
     aside = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     try:
         with aside.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

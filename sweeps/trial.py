@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ Score = dict[str, Any]  # {"objective": float | None, "metrics": {...}, "element
 
 
 def run(message: Message) -> dict[str, Any]:
-    """Evaluate one trial (SPEC of messages and results: `sweeps.coordinator`).
+    """Evaluate one trial: the message is what `sweeps.coordinator` submits, the result one of its journal's rows.
 
     A solve that fails, and data that cannot be read, give a row whose status is the sentence; nothing is raised.
     """
@@ -47,53 +47,45 @@ def run(message: Message) -> dict[str, Any]:
 
 def _evaluate(sweep: Sweep, folder: Path) -> tuple[Solution, dict[str, Any]]:
     data = prepared(sweep, folder)
-    truth = data.truth
-    if sweep.search.objective == "heldout":
-        solution = _solve(sweep, data, {})
-        held = _held_out(sweep, data)
-        score = _against_truth(solution.volume, truth, data) if truth is not None else _nothing()
-        score = {**score, "metrics": {**score["metrics"], **held["metrics"]}, "objective": held["objective"]}
-        return solution, {**score, "checkpoints": held["checkpoints"]}
-    if truth is None:
+    if sweep.search.objective == "nrmse" and data.truth is None:
         raise DataError("the objective nrmse needs a truth; give data.truth, or search.objective: heldout")
     stops: dict[int, Score] = {}
-    solution = _solve(sweep, data, stops)
-    score = _against_truth(solution.volume, truth, data)
-    return solution, {**score, "checkpoints": [{"iterations": n, **stop} for n, stop in stops.items()]}
+    solution = fused3d.reconstruct(data, solver_settings(sweep), checkpoints=sweep.solver.record,
+                                   observe=lambda n, volume: stops.update({n: _against_truth(volume, data)}))
+    score = _against_truth(solution.volume, data)
+    if sweep.search.objective == "heldout":
+        held, stopped = _held_out(sweep, data)
+        score = _merged(score, held)
+        stops = {n: _merged(stops[n], stopped[n]) for n in stops.keys() & stopped.keys()}
+    return solution, {**score, "checkpoints": [{"iterations": n, **stops[n]} for n in sorted(stops)]}
 
 
-def _solve(sweep: Sweep, data: MultiModal, stops: dict[int, Score]) -> Solution:
-    """A solve with all maps; where a truth is known, checkpoints are scored into `stops`."""
-    if data.truth is None:
-        return fused3d.reconstruct(data, solver_settings(sweep))
-    return fused3d.reconstruct(
-        data, solver_settings(sweep), checkpoints=sweep.solver.record,
-        observe=lambda n, volume: stops.update({n: _against_truth(volume, data.truth, data)}))
+def _merged(truth: Score, held: Score) -> Score:
+    """The score against a truth, if there is one, with the held-out deviance as the objective."""
+    return {"objective": held["objective"], "metrics": truth["metrics"] | held["metrics"],
+            "elements": truth["elements"]}
 
 
-def _held_out(sweep: Sweep, data: MultiModal) -> Score:
-    """Poisson deviance per pixel of maps that the solve has not seen: every k-th tilt in turn is left out."""
+def _held_out(sweep: Sweep, data: MultiModal) -> tuple[Score, dict[int, Score]]:
+    """Deviance per pixel of maps that the solve has not seen, at the end and at each checkpoint.
+
+    Every k-th tilt in turn is left out, k = search.folds.
+    """
     folds = sweep.search.folds
-    values: dict[int, list[float]] = {}
+    found: dict[int, list[float]] = {n: [] for n in sweep.solver.record}
+    last: list[float] = []
     for fold in range(folds):
         out = tuple(range(fold, data.chem.tilts, folds))
-
-        def score(n: int, volume: np.ndarray, sensitivity: np.ndarray, out: tuple[int, ...] = out) -> None:
-            values.setdefault(n, []).append(deviance(data, volume, sensitivity, out))
-
-        seen: list[tuple[int, np.ndarray]] = []
+        volumes: dict[int, np.ndarray] = {}
         solution = fused3d.reconstruct(data, solver_settings(sweep), checkpoints=sweep.solver.record,
-                                       observe=lambda n, v, seen=seen: seen.append((n, v)), held_out=out)
+                                       observe=volumes.__setitem__, held_out=out)
         if not solution.ok:
-            raise DataError(f"fold {fold}: {solution.status}")
+            raise DataError(f"without maps {', '.join(map(str, out))}: {solution.status}")
         sensitivity = sensitivities(solution, data)
-        for n, volume in seen:
-            score(n, volume, sensitivity)
-        if not seen or seen[-1][0] != sweep.solver.iterations:
-            score(sweep.solver.iterations, solution.volume, sensitivity)
-    scores = {n: _summary(found) for n, found in sorted(values.items())}
-    checkpoints = [{"iterations": n, **scores[n]} for n in sweep.solver.record if n in scores]
-    return {**scores[sweep.solver.iterations], "checkpoints": checkpoints}
+        for n, volume in volumes.items():
+            found[n].append(deviance(data, volume, sensitivity, out))
+        last.append(deviance(data, solution.volume, sensitivity, out))
+    return _summary(last), {n: _summary(values) for n, values in found.items()}
 
 
 def _summary(folds: list[float]) -> Score:
@@ -120,18 +112,16 @@ def sensitivities(solution: Solution, data: MultiModal) -> np.ndarray:
     return np.array([solution.metrics[f"sensitivity_{element}"] for element in data.chem.elements])
 
 
-def _against_truth(volume: np.ndarray, truth: np.ndarray, data: MultiModal) -> Score:
-    each = metrics.nrmse_elements(volume, truth)
-    scale = metrics.scale_error(volume, truth)
+def _against_truth(volume: np.ndarray, data: MultiModal) -> Score:
+    if data.truth is None:
+        return {"objective": None, "metrics": {}, "elements": {}}
+    each = metrics.nrmse_elements(volume, data.truth)
+    scale = metrics.scale_error(volume, data.truth)
     mean = float(each.mean())
     elements = data.chem.elements
     return {"objective": mean if np.isfinite(mean) else None, "metrics": {"nrmse": mean},
             "elements": {"nrmse": dict(zip(elements, map(float, each), strict=True)),
                          "scale_error": dict(zip(elements, map(float, scale), strict=True))}}
-
-
-def _nothing() -> Score:
-    return {"objective": None, "metrics": {}, "elements": {}}
 
 
 def solver_settings(sweep: Sweep) -> fused3d.Settings:
@@ -142,10 +132,14 @@ def solver_settings(sweep: Sweep) -> fused3d.Settings:
 
 def prepared(sweep: Sweep, folder: Path) -> MultiModal:
     """A cell's data: simulated or read once, then kept in memory and, simulated, under stages/."""
+    data = sweep.data
     inputs = {"data": dump(sweep)["data"], "seed": sweep.seed}
-    if isinstance(sweep.data, Phantom):
-        inputs |= {"gamma": _true_gamma(sweep), "weights": sweep.solver.weights}
-    return _Recent.get(stages.key("prepared", inputs), lambda: _prepare(sweep, folder, inputs))
+    if isinstance(data, Measured):
+        return _Recent.get(stages.key("measured", inputs), lambda: stages.measured_data(data))
+    simulated = data
+    gamma = simulated.gamma if simulated.gamma is not None else sweep.solver.gamma
+    inputs |= {"gamma": gamma, "weights": sweep.solver.weights}
+    return _Recent.get(stages.key("simulated", inputs), lambda: _simulate(simulated, folder, inputs))
 
 
 class _Recent:
@@ -155,7 +149,7 @@ class _Recent:
     limit = 3
 
     @classmethod
-    def get(cls, name: str, make) -> MultiModal:
+    def get(cls, name: str, make: Callable[[], MultiModal]) -> MultiModal:
         """What is kept under a name, made if need be; the oldest goes."""
         if name not in cls.kept:
             while len(cls.kept) >= cls.limit:
@@ -164,32 +158,27 @@ class _Recent:
         return cls.kept[name]
 
 
-def _true_gamma(sweep: Sweep) -> float:
-    data = sweep.data
-    return float(data.gamma if data.gamma is not None else sweep.solver.gamma)
-
-
-def _prepare(sweep: Sweep, folder: Path, inputs: dict[str, Any]) -> MultiModal:
-    if isinstance(sweep.data, Measured):
-        return stages.measured_data(sweep.data)
-    data, elements = sweep.data, ELEMENTS[sweep.data.phantom]
+def _simulate(data: Phantom, folder: Path, inputs: dict[str, Any]) -> MultiModal:
+    """A simulated measurement; its noise follows from the sweep's seed and the data settings alone."""
+    elements = ELEMENTS[data.phantom]
     volume = stages.truth(folder, data)
-    haadf = simulate.spread(tuple(data.tilt_range), data.haadf_tilts)
-    chem = simulate.chemical_angles(tuple(data.tilt_range), data.haadf_tilts, data.chem_tilts, data.chem_angles)
+    low, high = data.tilt_range
+    haadf = simulate.spread((low, high), data.haadf_tilts)
+    chem = simulate.chemical_angles((low, high), data.haadf_tilts, data.chem_tilts, data.chem_angles)
     # snr.chem scales the mean counts, and so SNR - 1, of all elements together.
     snr = {element: 1 + data.snr["chem"] * (data.snr[element] - 1) for element in elements}
-    seed = [sweep.seed, data.replicate, zlib.crc32(stages.key("noise", inputs).encode())]
+    seed = [inputs["seed"], data.replicate, zlib.crc32(stages.key("noise", inputs).encode())]
 
     def make() -> stages.Arrays:
         made = simulate.multimodal(
             volume, tuple(elements.values()), tuple(elements), pixel_size=FIELD_NM / data.size, haadf_angles=haadf,
-            chem_angles=chem, snr=snr | {"haadf": data.snr["haadf"]}, gamma=_true_gamma(sweep),
-            background=data.background, background_known=data.background_known, weights=sweep.solver.weights,
-            seed=seed)
-        arrays = {"maps": made.chem.projections, "background": made.chem.background,
-                  "sensitivity": made.sensitivity}
-        return arrays if made.haadf is None else arrays | {"images": made.haadf.projections,
-                                                            "noise": made.haadf.noise}
+            chem_angles=chem, snr=snr | {"haadf": data.snr["haadf"]}, gamma=inputs["gamma"],
+            background=data.background, background_known=data.background_known, weights=inputs["weights"], seed=seed)
+        arrays = {"maps": made.chem.projections, "background": np.asarray(made.chem.background),
+                  "sensitivity": np.asarray(made.sensitivity)}
+        if made.haadf is not None:
+            arrays |= {"images": made.haadf.projections, "noise": np.asarray(made.haadf.noise)}
+        return arrays
 
     arrays = stages.stage(folder, "simulate", inputs, make)
     pixel = FIELD_NM / data.size
@@ -197,7 +186,7 @@ def _prepare(sweep: Sweep, folder: Path, inputs: dict[str, Any]) -> MultiModal:
     images = None
     if "images" in arrays:
         images = TiltSeries(arrays["images"], haadf, ("HAADF",), pixel, "intensity", noise=arrays["noise"])
-    return MultiModal(maps, images, tuple(elements.values()), volume.shape[1:], arrays["sensitivity"], volume)
+    return MultiModal(maps, images, tuple(elements.values()), (data.size,) * 3, arrays["sensitivity"], volume)
 
 
 def _write_volume(message: Message, sweep: Sweep, solution: Solution) -> str:

@@ -1,0 +1,275 @@
+"""The atlas as named arrays, from the settings and the journal's history alone; `atlas.py` writes them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sweeps import grid, settings
+from sweeps.grid import Cell
+from sweeps.journal import History, Row
+from sweeps.settings import Sweep
+from sweeps.yamlio import flow
+
+STRING = np.dtypes.StringDType()
+WORDS = {  # units and long names of what is not a setting
+    "element": ("", "element"),
+    "iterations": ("1", "iterations"),
+    "checkpoint": ("1", "iterations at the checkpoint"),
+    "checkpoint_objective": ("1", "objective at the checkpoint"),
+    "objective": ("1", "objective, lower is better"),
+    "nrmse": ("1", "normalised root-mean-square error, mean over elements"),
+    "nrmse_element": ("1", "normalised root-mean-square error of each element"),
+    "trials_done": ("1", "trials that have ended, well or not"),
+    "failed": ("1", "trials that have failed"),
+    "seconds": ("s", "time spent on trials"),
+    "cell": ("", "cell of the grid"),
+    "trial": ("1", "number of the trial in its cell"),
+    "attempt": ("1", "attempt that gave the result"),
+    "kind": ("", "baseline or search"),
+    "changes": ("", "settings a baseline changes, as JSON"),
+    "worker": ("", "worker that gave the result"),
+    "status": ("", "ok, or why the trial failed; empty while it has not ended"),
+}
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An array with the names of its axes and its attributes (units, long_name)."""
+
+    dims: tuple[str, ...]
+    values: np.ndarray
+    attributes: dict[str, str]
+
+
+Variables = dict[str, Variable]
+
+
+class Table:
+    """Arrays over common axes, each made when its first value is put; what is never put is NaN, -1 or ""."""
+
+    def __init__(self, dims: tuple[str, ...], shape: tuple[int, ...], elements: Sequence[str]) -> None:
+        self.dims, self.shape, self.elements = dims, shape, elements
+        self.made: Variables = {}
+
+    def put(self, name: str, index: tuple[int, ...], value: Any, setting: str = "") -> None:
+        """A number or a word, None for a gap; of a setting, its dotted name gives units and long name."""
+        if name not in self.made:
+            self.made[name] = Variable(self.dims, self._gaps(value), attributes(name, setting))
+        if value is not None:
+            self.made[name].values[index] = value
+
+    def put_elements(self, name: str, index: tuple[int, ...], values: Mapping[str, float | None]) -> None:
+        """One number per element."""
+        if name not in self.made:
+            gaps = np.full((*self.shape, len(self.elements)), np.nan)
+            self.made[name] = Variable((*self.dims, "element"), gaps, attributes(name))
+        for element, value in values.items():
+            if value is not None:
+                self.made[name].values[(*index, self.elements.index(element))] = value
+
+    def _gaps(self, value: Any) -> np.ndarray:
+        if isinstance(value, str):
+            return np.full(self.shape, "", STRING)
+        return np.full(self.shape, -1) if isinstance(value, np.integer) else np.full(self.shape, np.nan)
+
+
+def atlas(sweep: Sweep, cells: Sequence[Cell], history: History) -> Variables:
+    """What each cell reached, over the axes of the grid.
+
+    objective, nrmse, metric_<name>: of the best trial; per element with a last axis `element`.
+    best_<tunable>: where it was found.
+    With solver.record all these have an axis `iterations`: the best at each checkpoint.
+    baseline_<method>, baseline_<method>_best: at a baseline's last and best iteration.
+    trials_done, failed, seconds: what the cell has cost.
+    """
+    axes = {axis: coordinate(values) for axis, values in grid.axes(sweep).items()}
+    names, stops = _elements(cells, history), _stops(sweep)
+    dims, shape = tuple(axes), tuple(len(values) for values in axes.values())
+    plain = Table(dims, shape, names)
+    deep = Table((*dims, "iterations"), (*shape, len(stops)), names) if stops else plain
+    for cell in cells:
+        rows = list(history.cell(cell.id).rows.values())
+        own = [row for row in rows if row.ok and row.own(bool(cell.space))]
+        for i, stop in enumerate(stops or [None]):
+            index = cell.index if stop is None else (*cell.index, i)
+            best = min(_entries(own, stop), key=_rank, default=NOTHING)
+            _scores(deep, index, best)
+            _params(deep, index, best, cell, "best_")
+        _baselines(plain, cell, rows)
+        _effort(plain, cell.index, [row.result for row in rows if row.result])
+    deep.made["objective"].attributes.update(objective=sweep.search.objective, direction="minimise")
+    return _coordinates(axes, names, iterations=stops) | plain.made | deep.made
+
+
+def trials(sweep: Sweep, cells: Sequence[Cell], history: History) -> Variables:
+    """One row per planned trial, in the order of the cells; what has not ended holds NaN, -1 and ""."""
+    axes = {axis: coordinate(values) for axis, values in grid.axes(sweep).items()}
+    names = _elements(cells, history)
+    places = [(cell, trial) for cell in cells
+              for trial in range(max(grid.trials(cell), len(history.cell(cell.id).rows)))]
+    results = _results(cells, history)
+    stops = sorted({stop["iterations"] for result in results for stop in result["checkpoints"]})
+    table = Table(("row",), (len(places),), names)
+    curves = Table(("row", "checkpoint"), (len(places), len(stops)), names)
+    for number, (cell, trial) in enumerate(places):
+        index = (number,)
+        table.put("cell", index, cell.id)
+        table.put("trial", index, np.int64(trial))
+        for (axis, values), place in zip(axes.items(), cell.index, strict=True):
+            table.put(axis, index, values[place], axis)
+        row = history.cell(cell.id).rows.get(trial)
+        table.put("status", index, row.result["status"] if row and row.result else "")
+        if row and row.result:
+            _trial(table, index, cell, row)
+            for stop in row.result["checkpoints"]:
+                column = stops.index(stop["iterations"])
+                curves.put("checkpoint_objective", (number, column), stop["objective"])
+    return _coordinates({}, names, checkpoint=stops) | table.made | curves.made
+
+
+def coordinate(values: Sequence[Any]) -> np.ndarray:
+    """Values of an axis: numbers where all are numbers, else labels."""
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        return np.array(values)
+    return np.array([value if isinstance(value, str) else flow(value) for value in values], STRING)
+
+
+def attributes(name: str, setting: str = "") -> dict[str, str]:
+    """units and long_name of a variable; those of a setting (or an axis) from its model."""
+    if setting:
+        known, path = _settings(), settings.setting_of(setting)
+        while path not in known and "." in path:  # data.snr.haadf is described by data.snr
+            path = path.rpartition(".")[0]
+        units, words = known.get(path, ("1", setting))
+    elif name.startswith("baseline_"):
+        method = name.removeprefix("baseline_")
+        units, words = "1", f"objective of {method.replace('_best', ' at its best iteration')}"
+    else:
+        units, words = WORDS.get(name, ("1", name.removeprefix("metric_").replace("_", " ")))
+    return {"long_name": words, **({"units": units} if units else {})}
+
+
+@functools.cache
+def _settings() -> dict[str, tuple[str, str]]:
+    """Unit and description of every setting."""
+    known = {}
+    for name, model in settings.fields():
+        extra = model.json_schema_extra
+        unit = str(extra["unit"]) if isinstance(extra, dict) else "-"
+        known[name] = ("1" if unit == "-" else unit, model.description or name)
+    return known
+
+
+def _coordinates(axes: Mapping[str, np.ndarray], elements: Sequence[str], **stops: Sequence[int]) -> Variables:
+    made = {axis: Variable((axis,), values, attributes(axis, axis)) for axis, values in axes.items()}
+    if elements:
+        made["element"] = Variable(("element",), np.array(elements, STRING), attributes("element"))
+    for name, numbers in stops.items():
+        if numbers:
+            made[name] = Variable((name,), np.array(numbers), attributes(name))
+    return made
+
+
+def _stops(sweep: Sweep) -> list[int]:
+    """The axis `iterations` of the atlas; empty where the sweep records no checkpoints."""
+    if not sweep.solver.record:
+        return []
+    last = sweep.solver.iterations
+    return sorted({*sweep.solver.record, *([last] if isinstance(last, int) else [])})
+
+
+def _results(cells: Sequence[Cell], history: History) -> Iterator[dict[str, Any]]:
+    """Results in the order of cells and trials, whatever order they came in."""
+    for cell in cells:
+        rows = history.cell(cell.id).rows
+        yield from (result for trial in sorted(rows) if (result := rows[trial].result) is not None)
+
+
+def _elements(cells: Sequence[Cell], history: History) -> list[str]:
+    """Names of the elements that results speak of, in their order."""
+    return list(dict.fromkeys(name for result in _results(cells, history)
+                              for values in result["elements"].values() for name in values))
+
+
+# What a trial or a checkpoint of it reached: its result's objective, metrics and elements, and its params.
+Entry = Mapping[str, Any]
+NOTHING: Entry = {"objective": None, "metrics": {}, "elements": {}, "params": {}}
+
+
+def _entry(row: Row, checkpoint: Mapping[str, Any] | None = None) -> Entry:
+    return {**(row.result or {}), **(checkpoint or {}), "params": row.ask["params"]}
+
+
+def _entries(rows: Sequence[Row], stop: int | None) -> list[Entry]:
+    """What the trials reached: in the end, or at a number of iterations that they recorded or ended at."""
+    if stop is None:
+        return [_entry(row) for row in rows]
+    passed = [_entry(row, passed) for row in rows for passed in (row.result or {})["checkpoints"]]
+    return [entry for entry in [*passed, *map(_entry, rows)] if entry["iterations"] == stop]
+
+
+def _rank(entry: Entry) -> float:
+    return math.inf if entry["objective"] is None else entry["objective"]
+
+
+def _scores(table: Table, index: tuple[int, ...], entry: Entry) -> None:
+    table.put("objective", index, entry["objective"])
+    for name, value in entry["metrics"].items():
+        table.put("nrmse" if name == "nrmse" else f"metric_{name}", index, value)
+    for name, values in entry["elements"].items():
+        label = "nrmse_element" if name == "nrmse" else f"metric_{name}"
+        table.put_elements(f"{label}_element" if name in entry["metrics"] and name != "nrmse" else label,
+                           index, values)
+
+
+def _params(table: Table, index: tuple[int, ...], entry: Entry, cell: Cell, prefix: str = "") -> None:
+    for name in cell.space:
+        table.put(prefix + name.rpartition(".")[2], index, entry["params"].get(name), name)
+
+
+def method(cell: Cell, row: Row) -> str:
+    """The method of a trial."""
+    return str(row.ask["params"].get("solver.method", cell.sweep.solver.method))
+
+
+def last_and_best(row: Row) -> dict[str, float | None]:
+    """The objective of a trial at its last iteration, and at the best of its checkpoints."""
+    stops = [stop["objective"] for stop in (row.result or {})["checkpoints"] if stop["objective"] is not None]
+    return {"last": row.objective, "best": min(stops, default=row.objective)}
+
+
+def _baselines(table: Table, cell: Cell, rows: Sequence[Row]) -> None:
+    for row in rows:
+        if row.ok and not row.own(bool(cell.space)):
+            reached = last_and_best(row)
+            table.put(f"baseline_{method(cell, row)}", cell.index, reached["last"])
+            table.put(f"baseline_{method(cell, row)}_best", cell.index, reached["best"])
+
+
+def _effort(table: Table, index: tuple[int, ...], results: Sequence[dict[str, Any]]) -> None:
+    table.put("trials_done", index, np.int64(len(results)))
+    table.put("failed", index, np.int64(sum(result["status"] != "ok" for result in results)))
+    table.put("seconds", index, math.fsum(result["seconds"] or 0.0 for result in results))
+
+
+def _trial(table: Table, index: tuple[int, ...], cell: Cell, row: Row) -> None:
+    """What is known of a trial that has ended."""
+    result: dict[str, Any] = row.result or {}
+    entry = _entry(row)
+    _scores(table, index, entry)
+    _params(table, index, entry, cell)
+    for name in ("attempt", "iterations"):
+        table.put(name, index, np.int64(result[name] or 0))
+    for name in ("seconds", "worker"):
+        table.put(name, index, result[name])
+    changes = {name: value for name, value in row.ask["params"].items() if name not in cell.space}
+    table.put("kind", index, row.ask["kind"])
+    table.put("method", index, method(cell, row), "solver.method")
+    table.put("changes", index, json.dumps(changes) if changes else "")

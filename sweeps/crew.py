@@ -1,0 +1,45 @@
+"""What the coordinator expects of workers; `launch.workers` has them. Light, so that a worker starts quickly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a worker reports: the result of its trial, or (`lost`, a sentence) that it is gone."""
+
+    worker: str
+    result: dict[str, Any] | None = None
+    lost: str | None = None
+
+
+class Workers(Protocol):
+    """Processes that answer messages (trials) with results, one at a time each; local, MPI, ...
+
+    Used in a `with` block, which they do not outlive.
+    """
+
+    def start(self, folder: Path) -> None:
+        """Bring the workers up; their logs go to `folder`/logs."""
+
+    def names(self) -> list[str]:
+        """Workers that live or are being brought up; when there are none, nothing more will come."""
+
+    def idle(self) -> list[str]:
+        """Workers that can take a message now."""
+
+    def submit(self, worker: str, message: dict[str, Any]) -> None:
+        """Hand a trial to an idle worker. A worker that dies of it is reported by `poll`."""
+
+    def poll(self, timeout: float) -> list[Event]:
+        """What has happened; waits at most `timeout` seconds for the first event."""
+
+    def close(self) -> None:
+        """No more trials will come; those still running are not waited for."""
+
+    def __enter__(self) -> Workers: ...
+
+    def __exit__(self, *_: object) -> None: ...

@@ -1,0 +1,225 @@
+"""The journal of a run: one line of JSON per event, on the disk before anything else happens.
+
+It is the truth; the atlas, the summary and the optimisers' states follow from it.
+
+    {"event": "start", "tomoatlas", "commit", "host", "pid", "workers"}
+    {"event": "ask", "cell", "trial", "attempt", "kind", "params", "pending"}
+    {"event": "result", "cell", "trial", "attempt", "status", "objective", ...}
+    {"event": "lost", "cell", "trial", "attempt", "worker", "reason"}    # worker "": the whole run ended
+    {"event": "again", "cell"}                                           # its rows so far are superseded
+    {"event": "stop" | "end", "reason"}
+
+Every line also carries "time" [s since 1970].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class RunError(Exception):
+    """A run that cannot start or go on; the message is one sentence: where, what, and the next step."""
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON knows it: NumPy's numbers and arrays become numbers and lists, NaN and infinity null."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The events of a journal, and how many bytes of it are whole lines.
+
+    A last line that a kill or a full disk has torn is left out; a broken line before it is a RunError.
+    """
+    events: list[dict[str, Any]] = []
+    good = 0
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        event = _parse(line)
+        if event is None and number < len(lines):
+            raise RunError(f"{path}:{number}: this line is not an event, and more lines follow it: something "
+                           "else wrote into the journal. To go on from the events before it, keep a copy and "
+                           f"cut the file there: head -n {number - 1}")
+        if event is not None:
+            events.append(event)
+            good += len(line)
+    return events, good
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
+class Journal:
+    """The journal opened for writing by the one coordinator of a run folder.
+
+    A torn tail is cut off. The file stays locked until `close` or the end of the process, however it ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            self._lock()
+            self.events, self._end = read(path)
+            os.ftruncate(self._file, self._end)
+            _sync_folder(path.parent)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            starts = [event for event in read(self.path)[0] if event["event"] == "start"]
+            who = "process {pid} on {host}".format(**starts[-1]) if starts else "it has only just started"
+            raise RunError(f"{self.path.parent}: another coordinator works here ({who}); wait for it, stop "
+                           "it, or choose another --out") from None
+        except OSError as error:
+            # Some shared file systems know no locks; the run is then as safe as its user is careful.
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+
+    def append(self, event: dict[str, Any]) -> dict[str, Any]:
+        """Write an event; it is on the disk when this returns. Returns the event as it will be read again."""
+        event = plain({**event, "time": round(time.time(), 3)})
+        data = json.dumps(event, allow_nan=False).encode() + b"\n"
+        try:
+            written = 0
+            while written < len(data):
+                written += os.write(self._file, data[written:])
+            os.fsync(self._file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            raise RunError(f"{self.path}: {error.strerror}; {SAFE}") from error
+        self._end += len(data)
+        self.events.append(event)
+        return event
+
+    def close(self) -> None:
+        """Unlock the journal."""
+        os.close(self._file)
+
+
+SAFE = "all trials that were finished are safe: make room and run again to continue"
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names of new files in a folder outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass
+class Row:
+    """What the journal knows of one trial.
+
+    ask: the last one, of several attempts.
+    losses: workers that died over it. interruptions: ends of the whole run during it.
+    """
+
+    ask: dict[str, Any]
+    result: dict[str, Any] | None = None
+    losses: int = 0
+    interruptions: int = 0
+
+    def own(self, searched: bool) -> bool:
+        """Whether this is one of the cell's own trials, of its search or its only one, and no baseline."""
+        return self.ask["kind"] == "search" if searched else not self.ask["params"]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the trial has ended well."""
+        return self.result is not None and self.result["status"] == "ok"
+
+    @property
+    def objective(self) -> float | None:
+        """The objective of a trial that ended well; None otherwise."""
+        return self.result["objective"] if self.result is not None and self.ok else None
+
+
+@dataclass
+class CellHistory:
+    """The trials of one cell: rows by trial number, and the numbers in the order in which results came."""
+
+    rows: dict[int, Row] = field(default_factory=dict)
+    finished: list[int] = field(default_factory=list)
+
+    def running(self) -> list[int]:
+        """Trials that were asked and have no result."""
+        return [trial for trial, row in self.rows.items() if row.result is None]
+
+    def winner(self, searched: bool) -> Row | None:
+        """The best of the cell's own trials, the first of equals; None while there is none."""
+        rows = [self.rows[trial] for trial in sorted(self.rows)]
+        rows = [row for row in rows if row.ok and row.own(searched)]
+        return min(rows, key=lambda row: math.inf if row.objective is None else row.objective, default=None)
+
+
+class History:
+    """What follows from a list of events, the same whether they just happen or are read again."""
+
+    def __init__(self, events: Iterable[dict[str, Any]] = ()) -> None:
+        self._cells: dict[str, CellHistory] = {}
+        self._attempts: dict[tuple[str, int], int] = {}
+        for event in events:
+            self.apply(event)
+
+    def cell(self, cell: str) -> CellHistory:
+        """The trials of a cell, by its id; the same object for the life of this history."""
+        return self._cells.setdefault(cell, CellHistory())
+
+    def next_attempt(self, cell: str, trial: int) -> int:
+        """A number never used for this trial before, not even before an `again`: volumes are named by it."""
+        return self._attempts.get((cell, trial), -1) + 1
+
+    def apply(self, event: dict[str, Any]) -> None:
+        """Take one event into account."""
+        kind = event["event"]
+        if kind not in ("ask", "result", "lost", "again"):
+            return
+        cell = self.cell(event["cell"])
+        if kind == "again":
+            cell.rows.clear()
+            cell.finished.clear()
+            return
+        trial = event["trial"]
+        if kind == "ask":
+            self._attempts[event["cell"], trial] = event["attempt"]
+            cell.rows.setdefault(trial, Row(event)).ask = event
+        elif kind == "result" and cell.rows[trial].result is None:
+            cell.rows[trial].result = event
+            cell.finished.append(trial)
+        elif kind == "lost" and event["worker"]:
+            cell.rows[trial].losses += 1
+        elif kind == "lost":
+            cell.rows[trial].interruptions += 1

@@ -1,0 +1,259 @@
+"""The report of a run folder: figures as PNG, and one HTML page with them, the tables and the settings."""
+
+from __future__ import annotations
+
+import base64
+import html
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.measured import read_truth
+from sweeps import settings, stages, tables
+from sweeps.atlas import RunFolder, resolved
+from sweeps.grid import Cell
+from sweeps.settings import Phantom, Sweep
+from sweeps.tables import CONVENTIONAL, METHODS, REPLICATE, Run, shown, title
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = 30  # panels on one figure
+DPI = 150
+TERMS = ("model", "chem", "tv", "total")
+# What the two central planes show, and how they are cut from (element, z, y, x).
+PLANES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "xy": (
+        "Central plane, seen along the beam at 0 degrees: x (tilt axis) across, y up",
+        lambda volume: volume[:, volume.shape[1] // 2],
+    ),
+    "yz": (
+        "Central plane across the tilt axis: y across, z (the beam at 0 degrees) up",
+        lambda volume: volume[..., volume.shape[3] // 2],
+    ),
+}
+
+
+def write(folder: Path) -> list[Path]:
+    """Draw everything a run folder has results for into its report/; the files' paths, index.html first.
+
+    Raises RunError where the folder is no run folder. The old report stays until the new one is complete.
+    """
+    run = tables.read(folder)
+    target = RunFolder(folder).report
+    aside = target.with_name("report.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    made = []
+    for name, words, figure in _figures(run):
+        figure.savefig(aside / f"{name}.png", dpi=DPI)
+        made.append((f"{name}.png", words))
+    (aside / "index.html").write_text(
+        page(run, [(words, (aside / name).read_bytes()) for name, words in made]), "utf-8"
+    )
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    return [target / "index.html", *(target / name for name, _ in made)]
+
+
+def table(folder: Path) -> str:
+    """The tables of a run folder as plain text; RunError where the folder is no run folder."""
+    return tables.table(tables.read(folder))
+
+
+def _figures(run: Run) -> Iterator[tuple[str, str, Figure]]:
+    """(file stem, caption, figure) of each figure that the results so far allow."""
+    from sweeps import figures
+
+    panels = [panel for panel in tables.pivot(run) if panel.entries]
+    words = f"{title(run.metric)}{' (mean over elements)' if run.metric == 'nrmse' else ''} along the grid"
+    if panels and panels[0].column_axis:
+        yield (
+            "map",
+            words + "; rows without HAADF are the conventional baselines.",
+            figures.sampling_map(panels, run.metric),
+        )
+    elif panels and panels[0].row_axis:
+        yield "map", words + ".", figures.sampling_line(panels, run.metric)
+    for name, cells in _pages("landscape", [cell for cell in run.cells if cell.space and run.rows(cell)]):
+        rows = {cell.id: run.rows(cell) for cell in cells}
+        yield (
+            name,
+            "Where the search looked and what it found, one panel per cell.",
+            figures.landscape(cells, rows, run.sweep.search.objective, _across(run)),
+        )
+    for name, cells in _pages("convergence", [cell for cell in run.cells if _history(run, cell)]):
+        yield (
+            name,
+            "Weighted terms of the cost of each cell's winner; smooth decay is a sign of a reliable result.",
+            figures.convergence({_words(cell): _history(run, cell) for cell in cells}, _across(run)),
+        )
+    yield from _slices(run)
+
+
+def _pages(stem: str, cells: list[Cell]) -> Iterator[tuple[str, list[Cell]]]:
+    """Cells by the page: ("landscape", [...]) or ("landscape-1", [...]), ("landscape-2", [...])."""
+    pages = [cells[k : k + PAGE] for k in range(0, len(cells), PAGE)]
+    for k, part in enumerate(pages, start=1):
+        yield (stem if len(pages) == 1 else f"{stem}-{k}"), part
+
+
+def _across(run: Run) -> int:
+    """Panels side by side: as many as the last axis has values, so that panels stand as in the table."""
+    counts = [len(values) for name, values in run.sweep.grid.items() if name != REPLICATE]
+    return counts[-1] if counts and 2 <= counts[-1] <= 6 else 4
+
+
+def _words(cell: Cell) -> str:
+    return ", ".join(f"{title(axis)} {shown(value)}" for axis, value in cell.coordinates.items()) or cell.id
+
+
+def _group(run: Run, cell: Cell) -> Any | None:
+    """The published volume of a cell's winner: a zarr group, or None."""
+    import zarr
+
+    path = RunFolder(run.folder).atlas / "cells" / cell.id
+    return zarr.open_group(path, mode="r") if (path / "zarr.json").exists() else None
+
+
+def _history(run: Run, cell: Cell) -> dict[str, np.ndarray]:
+    """{term: (iteration,)} of the winner's cost, each with its weight; empty where no volume was kept."""
+    group, best = _group(run, cell), run.winner(cell)
+    if group is None or best is None:
+        return {}
+    solver = resolved(cell, best["params"]).solver
+    terms = {
+        name.removeprefix("history_"): group[name][:] for name in group.array_keys() if "history_" in name
+    }
+    known = [name for name in TERMS if name in terms]
+    return {
+        name: terms[name] * getattr(solver, f"lambda_{name}", 1.0)
+        for name in [*known, *sorted(terms.keys() - set(known))]
+        if terms[name].any()
+    }
+
+
+def _slices(run: Run) -> Iterator[tuple[str, str, Figure]]:
+    """Central planes: the truth where there is one, conventional, the worst and the best fused result."""
+    from sweeps import figures
+
+    kept = {cell.id: group for cell in run.cells if (group := _group(run, cell)) is not None}
+    chosen = compared(run, [cell for cell in run.cells if cell.id in kept])
+    if not chosen:
+        return
+    best = kept[chosen[-1].id]
+    shape, elements = best["volume"].shape, tuple(best.attrs["elements"])
+    chosen = [cell for cell in chosen if kept[cell.id]["volume"].shape == shape]
+    truth = _truth(run, chosen[-1].sweep, elements, shape[1:])
+    for plane, (words, cut) in PLANES.items():
+        columns = [] if truth is None else [figures.Column("truth", cut(truth), elements, {})]
+        for cell in chosen:
+            scores = (run.winner(cell) or {}).get("elements", {}).get("nrmse", {})
+            columns.append(
+                figures.Column(
+                    f"{METHODS[cell.sweep.solver.method]}\n{_short(cell)}",
+                    cut(kept[cell.id]["volume"]),
+                    elements,
+                    scores,
+                )
+            )
+        if truth is not None:
+            tops, top = truth.max((1, 2, 3)), "the maximum of the truth"
+        else:
+            # A bright pixel of noise must not darken everything else.
+            tops, top = np.percentile(columns[-1].images, 99.8, (1, 2)), "the last column"
+        caption = f"{words}.\nColour: concentration, one scale per element, up to {top}."
+        caption += " NRMSE: of the whole volume." if run.metric == "nrmse" else ""
+        yield (
+            f"slices-{plane}",
+            f"{words}; the winner of each cell.",
+            figures.slices(
+                columns,
+                dict(zip(elements, tops.tolist(), strict=True)),
+                float(np.min(best.attrs["voxel_nm"])),
+                caption,
+            ),
+        )
+
+
+def _truth(
+    run: Run, sweep: Sweep, elements: tuple[str, ...], shape: tuple[int, int, int]
+) -> np.ndarray | None:
+    """(element, z, y, x) concentrations that results are compared with; None where they are not known."""
+    if isinstance(sweep.data, Phantom):
+        return stages.truth(run.folder, sweep.data)
+    if sweep.data.truth is None:
+        return None
+    return read_truth(elements=elements, shape=shape, root=sweep.data.root, **sweep.data.truth.model_dump())
+
+
+def compared(run: Run, cells: list[Cell]) -> list[Cell]:
+    """The cells worth seeing side by side: the best fused one last, before it the worst fused one.
+
+    First come the conventional ones that share most of the best one's coordinates, at most two.
+    """
+    reached = {cell.id: found[0].value for cell in cells if (found := tables.scores(run, cell))}
+    cells = sorted(
+        (cell for cell in cells if cell.id in reached), key=lambda cell: reached[cell.id], reverse=True
+    )
+    fused = [cell for cell in cells if cell.sweep.solver.method not in CONVENTIONAL]
+    others = [cell for cell in cells if cell not in fused]
+    if not fused:
+        return others[-3:]
+    best = fused[-1]
+
+    def shared(cell: Cell) -> int:
+        return sum(best.coordinates[axis] == value for axis, value in cell.coordinates.items())
+
+    nearest = [cell for cell in others if shared(cell) == max(map(shared, others))][:2]
+    return [*nearest, *(fused[:1] if len(fused) > 1 else []), best]
+
+
+def _short(cell: Cell) -> str:
+    """Coordinates in two words each, for a narrow column: "47 HAADF, 9 chemical tilts"."""
+    at = dict(cell.coordinates)
+    if {"haadf_tilts", "chem_tilts"} <= set(at):
+        head = f"{at.pop('haadf_tilts')} HAADF, {at.pop('chem_tilts')} chemical tilts"
+        return ", ".join([head, *(f"{title(axis)} {shown(value)}" for axis, value in at.items())])
+    return ", ".join(
+        f"{title(axis)} {shown(value)}"
+        for axis, value in at.items()
+        if axis not in ("method", "solver.method")
+    )
+
+
+def page(run: Run, figures: list[tuple[str, bytes]]) -> str:
+    """The report as one HTML file, images inside: (caption, PNG bytes) each."""
+    done = sum(len(run.rows(cell)) for cell in run.cells)
+    parts = [
+        f"<h1>{html.escape(run.sweep.name)}</h1>",
+        f"<p>System {html.escape(run.sweep.system)}; {len(run.cells)} cells, {done} finished trials.</p>",
+        f"<pre>{html.escape(tables.table(run))}</pre>",
+    ]
+    for words, image in figures:
+        data = base64.b64encode(image).decode()
+        caption = html.escape(words)
+        parts.append(FIGURE.format(caption=caption, data=data))
+    parts.append(f"<h2>Settings</h2><pre>{html.escape(settings.to_yaml(run.sweep))}</pre>")
+    return STYLE.format(title=html.escape(run.sweep.name), body="\n".join(parts))
+
+
+FIGURE = """<figure><img alt="{caption}" src="data:image/png;base64,{data}">
+<figcaption>{caption}</figcaption></figure>"""
+STYLE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
+       color: #1a1a1a; background: #fff }}
+pre {{ background: #f4f4f4; padding: 1rem; overflow-x: auto; font-size: 13px; line-height: 1.35 }}
+figure {{ margin: 2rem 0 }}
+img {{ max-width: 100%; height: auto }}
+figcaption {{ color: #555; font-size: 14px }}
+</style></head><body>
+{body}
+</body></html>
+"""
