@@ -175,8 +175,11 @@ def _volume(state: State) -> jax.Array:
     return jnp.where(state.x > model.FLOOR, state.x, 0.0)
 
 
-_DESCENTS: dict[str, dict[str, Any]] = {"plain": dict(fused=True, momentum=False, cold=True), "fista": dict(fused=True, momentum=True, cold=True),
-             "chem_tv": dict(fused=False, momentum=True, cold=False)}
+_DESCENTS: dict[str, dict[str, Any]] = {
+    "plain": {"fused": True, "momentum": False, "cold": True},
+    "fista": {"fused": True, "momentum": True, "cold": True},
+    "chem_tv": {"fused": False, "momentum": True, "cold": False},
+}
 _START: dict[str, Callable] = {name: partial(start_descent, fused=kind["fused"]) for name, kind in _DESCENTS.items()}
 _START |= {"ml": start_simple, "sirt": start_simple}
 _STEP = {(name, counts): partial(step_descent, counts=counts, **kind)

@@ -26,7 +26,7 @@ from sweeps.atlas import Atlas, RunFolder, commit, resolved, version
 from sweeps.crew import Event, Workers
 from sweeps.grid import Cell, trials
 from sweeps.journal import SAFE, CellHistory, History, Journal, RunError
-from sweeps.optimizer import Optimizer
+from sweeps.optimizer import Optimizer, SpaceExhausted
 from sweeps.settings import Sweep, dump
 
 LOSSES = 3  # workers that may die over one trial before it becomes a failed row
@@ -102,11 +102,18 @@ class CellSearch:
             return all(self.history.rows[k].result for k in self._before(trial))
         return sum(k >= self.first for k in self.history.running()) < self.search.in_flight
 
-    def next(self) -> dict[str, Any]:
-        """What to hand out of a cell that is `ready`: an ask without its cell and attempt."""
+    def next(self) -> dict[str, Any] | None:
+        """What to hand out of a cell that is `ready`: an ask without its cell and attempt.
+
+        None where every point of a finite space has been asked: then the cell plans no more trials.
+        """
         orphans = self.orphans()
         if not orphans:
-            return self.propose()
+            try:
+                return self.propose()
+            except SpaceExhausted:
+                self.planned = len(self.history.rows)
+                return None
         ask = self.history.rows[min(orphans)].ask
         return {key: ask[key] for key in ("trial", "kind", "params", "pending")}
 
@@ -199,6 +206,8 @@ class _Run:
     def submit(self, worker: str, search: CellSearch) -> None:
         """Ask for a trial, write that down, and hand it to a worker."""
         cell, trial = search.cell, search.next()
+        if trial is None:
+            return
         attempt = self.history.next_attempt(cell.id, trial["trial"])
         ask = self.record({"event": "ask", "cell": cell.id, "attempt": attempt, **trial})
         search.at_work.add(ask["trial"])

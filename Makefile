@@ -1,0 +1,42 @@
+# Each target sets up .venv by itself, once; after a change of pyproject.toml it is brought up to date.
+#   make run     the quickstart sweep: two workers over MPI, a few minutes, ends with a table and runs/quickstart/
+#   make test    all tests, the slow ones too (PYTEST="-m 'not slow'" leaves them out)
+#   make bench   the solver against plain proximal gradient and FISTA; the optimiser against its rivals
+#   make lint    ruff and mypy
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+PYTEST ?=
+
+.PHONY: run test bench lint clean
+run: .venv/run.stamp
+	$(BIN)/mpiexec -n 3 $(BIN)/tomoatlas run configs/quickstart.yaml
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest -n 2 $(PYTEST)
+
+bench: .venv/dev.stamp
+	set -e; for bench in tests/bench_*.py; do $(BIN)/python -m tests.$$(basename $$bench .py); done
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 with venv was found. Install one (Debian:" \
+		"python3 python3-venv) or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/run.stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing into .venv (about two minutes, once) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mpi,mpich]'
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing into .venv with what the tests need (once) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mpi,mpich,files,dev]'
+	@touch $@ .venv/run.stamp

@@ -1,0 +1,261 @@
+"""The command `tomoatlas`: run, check, init, status, report. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn, ParamSpec
+
+import typer
+
+from launch import resources
+
+P = ParamSpec("P")
+REFUSED = 2  # exit status for what the user can mend
+RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # how MPI launchers number their processes
+
+app = typer.Typer(
+    name="tomoatlas",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="3D chemistry from electron-microscope tilt series: a YAML says what to reconstruct and which "
+    "weights to search, `run` carries it out, and the results are an atlas that xarray opens.\n\n"
+    "Example: tomoatlas run quickstart",
+)
+
+File = Annotated[str, typer.Argument(metavar="FILE", help="A YAML file, or the name of a shipped sweep.")]
+Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="A run folder, or the name of a sweep in runs/.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting of the file; may be given more than once."
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="The run folder; default: runs/<name>.")
+]
+
+
+def sentences(command: Callable[P, None]) -> Callable[P, None]:
+    """What the user can mend becomes sentences on stderr and exit status 2; the rest keeps its trace."""
+
+    @functools.wraps(command)
+    def told(*args: P.args, **kwargs: P.kwargs) -> None:
+        from engine.data import DataError
+        from sweeps.journal import RunError
+        from sweeps.settings import SettingsError
+
+        try:
+            command(*args, **kwargs)
+        except (SettingsError, DataError, RunError) as error:
+            refuse(str(error))
+
+    return told
+
+
+def refuse(text: str) -> NoReturn:
+    """Say a sentence, once even where a launcher started this command many times, and end with status 2."""
+    rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
+    if rank == "0":
+        print(text, file=sys.stderr, flush=True)
+    leave(REFUSED)
+
+
+def leave(code: int) -> NoReturn:
+    """End with an exit status, under MPI in MPI's way."""
+    mpi = sys.modules.get("launch.mpi")
+    if mpi is not None:
+        mpi.leave(code)
+    raise typer.Exit(code)
+
+
+@app.command(short_help="Run a sweep, or continue it where it was stopped.")
+@sentences
+def run(
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE", help="A YAML file, or the name of a shipped sweep.")
+    ] = None,
+    out: Out = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=1,
+            metavar="N",
+            help="Local worker processes; default: one per GPU, else two. "
+            "Under MPI the other ranks are the workers.",
+        ),
+    ] = None,
+    changes: Set = None,
+    cell: Annotated[
+        str | None, typer.Option("--cell", metavar="ID", help="Run this cell again from its first trial.")
+    ] = None,
+) -> None:
+    """Run a sweep, or continue it where it was stopped.
+
+    Writes runs/<name>/: the journal, atlas.zarr, summary.json, the best settings of each cell and a report. A
+    larger search.trials continues a finished sweep. SIGINT (Ctrl-C) and SIGTERM let running trials finish;
+    nothing is lost.
+
+    Examples:
+
+    tomoatlas run quickstart
+
+    tomoatlas run sweep.yaml --set data.size=64 --workers 2
+
+    mpiexec -n 9 tomoatlas run sweep.yaml --out /scratch/me/sweep
+    """
+    if file is None:
+        refuse(
+            "tomoatlas run needs a FILE: write one with `tomoatlas init fused3d -o sweep.yaml`, or name a "
+            f"shipped sweep: {', '.join(resources.configs())}"
+        )
+    from launch import session
+    from sweeps import settings
+
+    leave(session.run(settings.load(find(file), changes or []), out, workers, cell))
+
+
+@app.command(short_help="Say what a sweep will cost; refuse what cannot fit.")
+@sentences
+def check(
+    file: File,
+    out: Out = None,
+    changes: Set = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            "--memory",
+            min=0.001,
+            metavar="GIB",
+            help="Memory of one worker's device where the sweep will run; default: this machine's.",
+        ),
+    ] = None,
+) -> None:
+    """Say what a sweep will cost, and refuse what cannot fit. Runs nothing, writes nothing.
+
+    Prints cells, trials, solves, bytes per trial and on the disk, estimated hours; opens measured files.
+
+    Examples:
+
+    tomoatlas check quickstart
+
+    tomoatlas check fig4_cocuo --set data.size=128 --memory 16
+    """
+    from launch import plan
+    from sweeps import settings
+    from sweeps.journal import RunError
+
+    sweep = settings.load(find(file), changes or [])
+    planned = plan.plan(sweep)
+    available, where = (int(memory * plan.GIB), "on the device (--memory)") if memory else plan.memory_here(1)
+    folder = out or Path("runs") / sweep.name
+    refused = list(plan.refusals(planned, available, where, folder))
+    print(plan.text(planned, available, where, folder))
+    if refused:
+        raise RunError("\n".join(refused))
+
+
+@app.command(short_help="Write a commented YAML to start from.")
+@sentences
+def init(
+    system: Annotated[str, typer.Argument(metavar="SYSTEM", help="What reconstructs: fused3d.")] = "fused3d",
+    measured: Annotated[
+        bool, typer.Option("--measured", help="For tilt series in files, instead of a phantom.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="Write here instead of to the terminal."),
+    ] = None,
+) -> None:
+    """Write a commented YAML to start from: every setting with its meaning, unit and default.
+
+    Examples:
+
+    tomoatlas init fused3d -o sweep.yaml
+
+    tomoatlas init fused3d --measured -o specimen.yaml
+    """
+    from sweeps import settings
+
+    text = settings.template(system, measured)
+    if output is None:
+        print(text, end="")
+        return
+    try:
+        with open(output, "x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError:
+        refuse(f"{output}: exists; choose another name, or remove it first")
+    except OSError as error:
+        refuse(f"{output}: cannot be written: {error.strerror}")
+    print(f"wrote {output}; next: tomoatlas check {output}")
+
+
+@app.command(short_help="Say how far a sweep is, also while it runs.")
+@sentences
+def status(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again every few seconds until the sweep has ended.")
+    ] = False,
+) -> None:
+    """Say how far a sweep is: finished, failed and running trials, the best of each cell. Also while it runs.
+
+    Examples:
+
+    tomoatlas status runs/quickstart --watch
+
+    tomoatlas status quickstart --json
+    """
+    from launch import status as seen
+
+    seen.show(place(folder), as_json, watch)
+
+
+@app.command(short_help="Draw the figures of a run again, print its tables.")
+@sentences
+def report(folder: Folder) -> None:
+    """Draw the figures of a run folder again and print its tables: report/index.html and PNG files.
+
+    Example: tomoatlas report runs/quickstart
+    """
+    from sweeps import report as drawn
+
+    folder = place(folder)
+    print(f"{drawn.table(folder)}\n")
+    for path in drawn.write(folder):
+        print(path)
+
+
+def find(file: str) -> str:
+    """The path of a YAML: as given, or of the shipped sweep of that name."""
+    shipped = resources.configs()
+    return str(shipped[file]) if file in shipped and not Path(file).exists() else file
+
+
+def place(folder: Path) -> Path:
+    """A run folder: as given, or runs/<name> for a bare name."""
+    inside = Path("runs") / folder
+    return inside if not folder.exists() and inside.exists() else folder
+
+
+def main() -> None:
+    """The console script: refuses an environment in which another package shadows one of ours."""
+    trouble = resources.strangers()
+    if trouble:
+        print(trouble, file=sys.stderr)
+        sys.exit(REFUSED)
+    app(prog_name="tomoatlas")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""What a sweep will cost, before it runs: cells, trials, solves, bytes and hours, and whether it fits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch import devices
+from sweeps import grid
+from sweeps.grid import Cell
+from sweeps.schema import Measured, ends
+from sweeps.settings import Sweep, get, tunables
+from sweeps.tables import CONVENTIONAL, shown, title
+
+if TYPE_CHECKING:
+    from engine.measured import Recording
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The sizes that rule a solve. shape: (nz, ny, nx); haadf, chem: numbers of projections; pixel: [nm]."""
+
+    elements: tuple[str, ...]
+    shape: tuple[int, int, int]
+    haadf: int
+    chem: int
+    pixel: float
+
+    @property
+    def volume(self) -> int:
+        """Bytes of one volume of all elements, float32."""
+        nz, ny, nx = self.shape
+        return 4 * len(self.elements) * nz * ny * nx
+
+    @property
+    def projections(self) -> int:
+        """Bytes of the prepared data of a cell, float32."""
+        _, ny, nx = self.shape
+        return 4 * (self.haadf + len(self.elements) * self.chem) * ny * nx
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One cell. solves: reconstructions in all trials; memory: {array: bytes} on the device for one solve."""
+
+    cell: Cell
+    extent: Extent
+    solves: int
+    memory: dict[str, int]
+    gpu_seconds: float
+    core_seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep's costs. series: a line for each measured series; kept, stages: bytes on the disk."""
+
+    sweep: Sweep
+    costs: list[Cost]
+    series: list[str]
+    kept: int
+    stages: int
+
+    @property
+    def trials(self) -> int:
+        return sum(grid.trials(cost.cell) for cost in self.costs)
+
+    @property
+    def largest(self) -> Cost:
+        """The cell that needs most memory."""
+        return max(self.costs, key=lambda cost: sum(cost.memory.values()))
+
+
+def plan(sweep: Sweep) -> Plan:
+    """The plan of a sweep; DataError where measured files do not hold what the settings say."""
+    cells = grid.cells(sweep)
+    series: dict[str, None] = {}
+    costs = []
+    for cell in cells:
+        extent, lines = _extent(cell.sweep)
+        series |= dict.fromkeys(lines)
+        costs.append(_cost(cell, extent))
+    kept = {"none": 0, "best": len(cells), "all": sum(map(grid.trials, cells))}[sweep.output.save]
+    largest = max(cost.extent.volume for cost in costs)
+    truths = 0 if isinstance(sweep.data, Measured) else largest
+    stages = sum(cost.extent.projections for cost in costs) + truths
+    return Plan(sweep, costs, list(series), kept * largest, stages)
+
+
+def _cost(cell: Cell, extent: Extent) -> Cost:
+    """Searched trials, and the fixed ones at their own method and iterations.
+
+    A held-out objective solves each trial once per fold and once with all maps.
+    """
+    from engine import estimate
+
+    sweep = cell.sweep
+    each = sweep.search.folds + 1 if sweep.search.objective == "heldout" else 1
+    planned = [(fixed, 1) for fixed in cell.fixed] + ([({}, sweep.search.trials)] if cell.space else [])
+    memory: dict[str, int] = {}
+    gpu = core = 0.0
+    for params, count in planned:
+        method = params.get("solver.method", sweep.solver.method)
+        iterations = params.get("solver.iterations", sweep.solver.iterations)
+        solve = estimate.solve(
+            system=sweep.system,
+            elements=len(extent.elements),
+            shape=extent.shape,
+            haadf_tilts=0 if method in CONVENTIONAL else extent.haadf,
+            chem_tilts=extent.chem,
+            iterations=iterations,
+            inner=0 if method in ("ml", "sirt") else max(ends(sweep.solver.inner)),
+        )
+        gpu += count * each * solve.seconds_gpu
+        core += count * each * solve.seconds_cpu_core
+        memory = max(memory, solve.bytes, key=lambda arrays: sum(arrays.values()))
+    return Cost(cell, extent, each * sum(count for _, count in planned), memory, gpu, core)
+
+
+def _extent(sweep: Sweep) -> tuple[Extent, list[str]]:
+    """Sizes of a cell's problem and, for measured data, a line about each series."""
+    from engine.phantoms import ELEMENTS, FIELD_NM
+
+    data = sweep.data
+    if isinstance(data, Measured):
+        return _measured(data.model_dump_json())
+    size = data.size
+    return Extent(
+        tuple(ELEMENTS[data.phantom]), (size, size, size), data.haadf_tilts, data.chem_tilts, FIELD_NM / size
+    ), []
+
+
+@cache
+def _measured(text: str) -> tuple[Extent, list[str]]:
+    """Opens the files; cached, because the cells of a sweep mostly share them."""
+    from engine.measured import prepare, read_series
+
+    data = Measured.model_validate_json(text)
+    sources = {"chem": data.chem} | ({"haadf": data.haadf} if data.haadf else {})
+    given = {name: source.model_dump(exclude_none=True) for name, source in sources.items()}
+    recordings = {name: read_series(root=data.root, **values) for name, values in given.items()}
+    crop = data.crop.model_dump(exclude_none=True) if data.crop else None
+    series = prepare(
+        *recordings.values(),
+        pixel_size=data.pixel_size,
+        crop=crop,
+        binning=data.binning,
+        tilt_axis=data.tilt_axis,
+    )
+    chem, tilts = series[0], [each.tilts for each in series[1:]]
+    ny, nx = chem.projections.shape[2:]
+    wide, deep, padding = (getattr(data.volume, name, None) for name in ("ny", "nz", "padding"))
+    shape = (deep or ny, (wide or ny) + 2 * (padding or 0), nx)
+    haadf = min(tilts + ([] if data.haadf_tilts is None else [data.haadf_tilts]), default=0) if tilts else 0
+    maps = min(chem.tilts, data.chem_tilts or chem.tilts)
+    lines = [_line(name, recording, data.binning) for name, recording in recordings.items()]
+    return Extent(chem.elements, shape, haadf, maps, chem.pixel_size), lines
+
+
+def _line(name: str, recording: Recording, binning: int) -> str:
+    """A measured series in words, as it lies in its file."""
+    _, tilts, ny, nx = recording.projections.shape
+    angles = recording.angles
+    pixel = f" of {recording.pixel_size:.4g} nm" if recording.pixel_size else ""
+    maps = "" if name == "haadf" else f"{len(recording.elements)} elements, "
+    binned = f", binned by {binning}" if binning > 1 else ""
+    return (
+        f"data.{name}: {maps}{tilts} projections from {angles.min():g} to {angles.max():g} degrees, "
+        f"{ny} x {nx} pixels (y, x){pixel}{binned}, {recording.units}, from {recording.where}"
+    )
+
+
+def memory_here(workers: int) -> tuple[int, str]:
+    """Bytes one worker may fill on this machine, the smallest GPU, else its share of the memory."""
+    if devices.visible_gpus(os.environ):
+        try:
+            answer = subprocess.run(
+                ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=True,
+            ).stdout
+            return int(min(float(line) for line in answer.split()) * 2**20 * devices.GPU_MEMORY), "on the GPU"
+        except (OSError, ValueError, subprocess.SubprocessError):
+            pass
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+    return free // max(
+        1, workers
+    ), f"in this machine's memory for each of {workers} workers" if workers > 1 else "in memory"
+
+
+def refusals(plan: Plan, available: int, where: str, folder: Path) -> Iterator[str]:
+    """Why the sweep cannot run, with the arithmetic. available: bytes for one trial, 0 where unknown."""
+    worst = plan.largest
+    need = sum(worst.memory.values())
+    if 0 < available < need:
+        parts = " + ".join(
+            f"{name} {size(value)}" for name, value in sorted(worst.memory.items(), key=lambda item: -item[1])
+        )
+        yield (
+            f"{plan.sweep.name}: one trial of the cell {worst.cell.id} needs {size(need)} ({parts}), and "
+            f"{size(available)} are free {where}: lower {_smaller(plan)}, use fewer workers, or say with "
+            "--memory how many GiB the machine has that it will run on"
+        )
+    free = disk_free(folder)
+    if plan.kept + plan.stages > free:
+        yield (
+            f"{folder}: the atlas needs {size(plan.kept)} for volumes and {size(plan.stages)} for prepared "
+            f"data, and {size(free)} are free there: choose another --out, or output.save: none or best"
+        )
+
+
+def _smaller(plan: Plan) -> str:
+    return "data.crop or raise data.binning" if isinstance(plan.sweep.data, Measured) else "data.size"
+
+
+def disk_free(folder: Path) -> int:
+    """Free bytes where a folder lies or will lie."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def text(plan: Plan, available: int, where: str, folder: Path) -> str:
+    """The plan in words and numbers, for `tomoatlas check`."""
+    sweep, worst = plan.sweep, plan.largest
+    axes = (
+        " x ".join(f"{len(values)} {title(axis)}" for axis, values in grid.axes(sweep).items()) or "no grid"
+    )
+    fixed = sum(len(cost.cell.fixed) for cost in plan.costs)
+    solves = sum(cost.solves for cost in plan.costs)
+    searched = list(tunables(sweep))
+    ranges = ", ".join(f"{name} {_range(sweep, name)}" for name in searched) or "nothing"
+    shapes = sorted({cost.extent.shape for cost in plan.costs})
+    volumes = ", ".join(" x ".join(map(str, shape)) for shape in shapes)
+    pixels = " or ".join(f"{pixel:.4g}" for pixel in sorted({cost.extent.pixel for cost in plan.costs}))
+    rows = [
+        ["sweep", f"{sweep.name}, system {sweep.system}"],
+        ["cells", f"{len(plan.costs):,} ({axes})"],
+        ["trials", f"{plan.trials:,} ({plan.trials - fixed:,} searched, {fixed:,} fixed), {solves:,} solves"],
+        ["searched", ranges],
+        [
+            "volume",
+            f"{volumes} voxels (z, y, x) of {pixels} nm; {len(worst.extent.elements)} elements: "
+            f"{', '.join(worst.extent.elements)}",
+        ],
+        *([line.partition(": ")[0], line.partition(": ")[2]] for line in plan.series),
+        [
+            "memory",
+            f"{size(sum(worst.memory.values()))} for a trial of the cell {worst.cell.id}"
+            + (f"; {size(available)} {where}" if available else ""),
+        ],
+        *(["", f"{size(value):>9} {name}"] for name, value in worst.memory.items()),
+        [
+            "disk",
+            f"{size(plan.kept)} volumes (output.save: {sweep.output.save}) + {size(plan.stages)} prepared "
+            f"data; {size(disk_free(folder))} free",
+        ],
+        [
+            "time",
+            f"{hours(sum(cost.gpu_seconds for cost in plan.costs))} GPU-hours on one H200 (estimated), or "
+            f"{hours(sum(cost.core_seconds for cost in plan.costs))} core-hours without a GPU",
+        ],
+    ]
+    return "\n".join(f"{name:<12}{words}" for name, words in rows)
+
+
+def _range(sweep: Sweep, name: str) -> str:
+    value = get(sweep, name)
+    low, *_, high = ends(value)
+    return f"{shown(low)} to {shown(high)}" + (" (log)" if getattr(value, "scale", "") == "log" else "")
+
+
+def size(count: float) -> str:
+    """Bytes as a reader wants them: "5.3 GiB", "812 MiB"."""
+    for unit, amount in (("TiB", 2**40), ("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= amount:
+            return f"{count / amount:.3g} {unit}" if count / amount < 100 else f"{count / amount:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def hours(seconds: float) -> str:
+    """Hours with two digits that count."""
+    value = seconds / 3600
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"

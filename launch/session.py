@@ -1,0 +1,122 @@
+"""One call of `tomoatlas run`: who coordinates, who serves, what a signal does, what is said at the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from launch import devices, mpi, plan, workers
+from sweeps import grid
+from sweeps.atlas import RunFolder
+from sweeps.coordinator import Summary
+from sweeps.crew import Workers
+from sweeps.grid import Cell
+from sweeps.journal import RunError
+from sweeps.settings import SettingsError, Sweep
+
+EVALUATE = "sweeps.trial:run"
+
+
+def run(
+    sweep: Sweep, out: Path | None, count: int | None, again: str | None, evaluate: str = EVALUATE
+) -> int:
+    """Carry out a sweep, or serve it as an MPI worker; the exit status.
+
+    out: the run folder, by default runs/<name>. count: local workers, by default one per GPU or two.
+    again: the id of a cell to run from its first trial.
+    Raises SettingsError, DataError or RunError, before anything is written, for what cannot run.
+    """
+    rank, size = mpi.world()
+    if rank > 0:
+        mpi.serve()
+        return 0
+    count = count or local_count()
+    crew: Workers = mpi.MpiWorkers(evaluate) if size > 1 else workers.LocalWorkers(count, evaluate)
+    # Other ranks may run on other machines, of whose memory this one knows nothing.
+    memory = (0, "") if size > 1 else plan.memory_here(count)
+    with crew:
+        return _coordinate(sweep, RunFolder(out or Path("runs") / sweep.name), crew, again, memory)
+
+
+def _coordinate(
+    sweep: Sweep, folder: RunFolder, crew: Workers, again: str | None, memory: tuple[int, str]
+) -> int:
+    from launch import progress
+    from sweeps import coordinator, report
+
+    devices.coordinator()
+    cells = grid.cells(sweep)
+    check_cell(cells, again)
+    refused = list(plan.refusals(plan.plan(sweep), *memory, folder.path))
+    if refused:
+        raise RunError("\n".join(refused))
+    with signals() as stop, progress.observer(sys.stdout) as watch:
+        summary = coordinator.run(sweep, cells, crew, folder, watch, stop, again)
+    print(f"\n{report.table(folder.path)}\n")
+    # A launcher that has sent SIGTERM kills soon after: no time for figures then.
+    if summary.stopped is None:
+        pages = report.write(folder.path)
+        print(f"report  {pages[0]} and {len(pages) - 1} figures")
+        print(f"best    {folder.best}{os.sep}<cell>.yaml, each runs again with: tomoatlas run")
+        print(f"atlas   {folder.atlas}, for example: xarray.open_zarr({str(folder.atlas)!r})")
+    return ending(summary, stop.number)
+
+
+def ending(summary: Summary, number: int) -> int:
+    """Say where a stopped sweep stands; the exit status: 0 when all is done, else as by the signal."""
+    if summary.stopped is None:
+        return 0
+    print(f"{summary.stopped}; figures so far: tomoatlas report {summary.folder}")
+    return 128 + number if number else 1
+
+
+def local_count() -> int:
+    """One worker per GPU; on a machine without GPUs two, or as many as there are cores."""
+    gpus = len(devices.visible_gpus(os.environ))
+    return gpus or min(2, len(os.sched_getaffinity(0)))
+
+
+def check_cell(cells: list[Cell], again: str | None) -> None:
+    """SettingsError where --cell names no cell of the sweep."""
+    known = [cell.id for cell in cells]
+    if again is not None and again not in known:
+        from difflib import get_close_matches
+
+        close = get_close_matches(again, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the first is {known[0]}"
+        raise SettingsError(f"--cell {again}: is none of the {len(known)} cells of this sweep ({hint})")
+
+
+@contextmanager
+def signals() -> Iterator[Stop]:
+    """While inside, SIGINT and SIGTERM ask the coordinator to stop; afterwards they are as before."""
+    stop = Stop()
+    before = {number: signal.signal(number, stop.hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stop:
+    """How often the user has asked to stop, and by which signal first."""
+
+    def __init__(self) -> None:
+        self.count, self.number = 0, 0
+
+    def __call__(self) -> int:
+        return self.count
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        """A signal handler: the first lets running trials end, the second does not wait for them."""
+        self.number = self.number or number
+        self.count += 1
+        words = "finishing the trials that run; again to leave at once" if self.count == 1 else "leaving"
+        # os.write: a handler may interrupt a print, and buffered writers do not allow a second one inside it.
+        os.write(2, f"\n{signal.Signals(number).name}: {words}\n".encode())

@@ -1,0 +1,227 @@
+"""Bayesian optimisation with many trials in flight, on scikit-optimize: Matern 5/2 and GP-Hedge (or EI, LCB, PI).
+
+Two scikit-optimize optimisers share the work. The first is told real results only, one at a time and in order:
+it holds what is sequential, the kernel and the gains of GP-Hedge (Hoffman, Brochu, de Freitas, UAI 2011; each
+result lowers the gain of an acquisition by the posterior mean at the point it nominated before). The second is made
+for one `ask`, with that kernel and those gains, is told the pending trials too, and is thrown away.
+
+Numbers are searched on [0, 1] (scikit-optimize measures distances in the user's units, where two weights of 1e-9
+would be one point). Objectives are standardised anew at every result, for the gains and EI's margin are in units of y.
+Every random number follows from the seed, the number of results told and the trial, so a replay is equal.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import skopt
+from scipy.stats import qmc
+from skopt.learning import GaussianProcessRegressor
+from skopt.learning.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+from skopt.space import Categorical, Real
+from skopt.utils import normalize_dimensions
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+
+from sweeps.grid import Dimension
+
+Params = dict[str, Any]
+Point = list[float]  # per dimension: position on [0, 1], or the index of a choice
+
+SAME = 1e-9  # points closer than this along every dimension are one point
+# scikit-optimize's own bounds (0.01 to 100, noise up to 1e5 variances) let few points be explained as pure noise
+# or spikes: at 30 trials with 8 in flight the mean regret doubles (tests/bench_optimizer.py's landscape).
+LENGTHS = (0.1, 3.0)  # of the kernel, in units of a dimension's range
+NOISE = (1e-6, 1e-2)  # variance, in units of the objective's
+CAP = 5.0  # values this many times farther from the best than the median are lowered to that: tails flatten a GP
+CANDIDATES = 2000  # points scored per proposal; 10,000 cost 0.2 s more and find nothing better after L-BFGS
+NOMINEES = 500  # the same for the gains, which need no L-BFGS
+
+
+class SpaceExhausted(Exception):
+    """Every point of a finite space has been told or is pending: there is nothing left to propose."""
+
+
+class Optimizer:
+    """Proposes trials that minimise an objective.
+
+    space: dimension by dotted setting. seed: not negative. initial: points of a scrambled Sobol sequence asked
+    before the model takes over. acquisition: gp_hedge, EI, LCB or PI.
+    """
+
+    def __init__(self, space: Mapping[str, Dimension], seed: int, initial: int = 8,
+                 acquisition: str = "gp_hedge") -> None:
+        self.space, self.seed, self.initial, self.acquisition = dict(space), seed, initial, acquisition
+        self._points: list[Point] = []
+        self._objectives: list[float | None] = []
+        self._dimensions = [_skopt_dimension(dimension) for dimension in self.space.values()]
+        # With many in flight the design is asked long before it is told: half of it is enough for a model.
+        self._enough = max(2, (initial + 1) // 2)
+        self._real = self._skopt(self._prior(), "sampling", NOMINEES, 0, n_initial_points=self._enough)
+
+    def tell(self, params: Mapping[str, Any], objective: float | None) -> None:
+        """Record the result of a trial; None, NaN and infinities are failures, as bad as the worst value seen."""
+        failed = objective is None or not math.isfinite(objective)
+        self._points.append(self._point(params))
+        self._objectives.append(None if failed else float(objective))  # type: ignore[arg-type]
+
+    def ask(self, pending: Sequence[Mapping[str, Any]] = (), trial: int = 0) -> Params:
+        """What to try next, given the trials that are still running: never the same as a told or pending point.
+
+        A pure function of the results told so far in their order, `pending`, `trial` and the seed.
+        Raises SpaceExhausted when a space without real numbers has no point left.
+        """
+        waiting = [self._point(params) for params in pending]
+        taken = np.array(self._points + waiting).reshape(-1, len(self.space))
+        for point in self._proposals(waiting, trial):
+            point = [_snap(*pair) for pair in zip(self.space.values(), point, strict=True)]
+            if not (np.abs(taken - point) < SAME).all(axis=1).any():
+                return {key: _value(dimension, place)
+                        for (key, dimension), place in zip(self.space.items(), point, strict=True)}
+        raise SpaceExhausted(f"all {len(np.unique(taken, axis=0))} points of the search space are tried or "
+                             f"running; lower search.trials or widen {', '.join(self.space)}")
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next `ask` depends on, ready for JSON; equal after a replay of the same results."""
+        self._learn()
+        models = self._real.models
+        return {"seed": self.seed, "initial": self.initial, "acquisition": self.acquisition,
+                "space": {key: repr(dimension) for key, dimension in self.space.items()},
+                "points": [list(point) for point in self._points], "objectives": list(self._objectives),
+                "kernel": _kernel(models[-1]).theta.tolist() if models else [],
+                "gains": list(map(float, getattr(self._real, "gains_", []))),
+                "nominees": [list(map(float, x)) for x in getattr(self._real, "next_xs_", [])]}
+
+    def _proposals(self, waiting: list[Point], trial: int) -> Iterator[Point]:
+        """Candidates, best first: the design or the model's, then random ones, then all there are if finite."""
+        asked, dimensions = len(self._points) + len(waiting), self.space.values()
+        if asked < self.initial or len(self._points) < self._enough:
+            sobol = qmc.Sobol(len(self.space), scramble=True, rng=self.seed).random_base2(max(1, asked.bit_length()))
+            yield [_spread(*pair) for pair in zip(dimensions, sobol[asked], strict=True)]
+        else:
+            yield from self._modelled(waiting, trial)
+        rng = np.random.default_rng([self.seed, len(self._points), trial])
+        for row in rng.random((32, len(self.space))):
+            yield [_spread(*pair) for pair in zip(dimensions, row, strict=True)]
+        if all(dimension.integer or dimension.choices is not None for dimension in dimensions):
+            yield from map(list, itertools.product(*map(_places, dimensions)))
+
+    def _modelled(self, waiting: list[Point], trial: int) -> list[Point]:
+        """The model's proposal, then what each acquisition nominated."""
+        self._learn()
+        model = self._real.models[-1]
+        copy = self._skopt(_kernel(model), "lbfgs", CANDIDATES, trial, optimizer=None)
+        copy.gains_ = getattr(self._real, "gains_", None)
+        with _one_thread(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The objective has been evaluated", UserWarning)
+            copy.tell(self._points + waiting, [*self._real.yi, *self._lies(model, waiting)])
+            return [copy.ask(), *copy.space.inverse_transform(np.array(copy.next_xs_))]
+
+    def _lies(self, model: Any, waiting: list[Point]) -> list[float]:
+        """Stand-ins for the results of the pending trials, in standardised units."""
+        return model.predict(self._real.space.transform(waiting)).tolist() if waiting else []
+
+    def _learn(self) -> None:
+        """Tell scikit-optimize, one by one, the results that it does not know: its gains depend on the order."""
+        real = self._real
+        with _one_thread():
+            for told in range(len(real.Xi) + 1, len(self._points) + 1):
+                *real.yi, newest = _standardised(self._objectives[:told])
+                real.rng = np.random.RandomState(_seed(self.seed, told))
+                real.tell(self._points[told - 1], newest)
+
+    def _prior(self) -> Any:
+        columns = skopt.Space(normalize_dimensions(self._dimensions)).transformed_n_dims
+        return (ConstantKernel(1.0, (0.01, 1000.0))
+                * Matern(np.ones(columns), [LENGTHS] * columns, nu=2.5) + WhiteKernel(1e-3, NOISE))
+
+    def _skopt(self, kernel: Any, method: str, candidates: int, trial: int, n_initial_points: int = 0,
+               **options: Any) -> skopt.Optimizer:
+        process = GaussianProcessRegressor(kernel, noise="gaussian", n_restarts_optimizer=1, random_state=0,
+                                           **options)
+        return skopt.Optimizer(
+            self._dimensions, process, n_initial_points=n_initial_points, acq_func=self.acquisition,
+            acq_optimizer=method, acq_optimizer_kwargs={"n_points": candidates, "n_restarts_optimizer": 5},
+            model_queue_size=1, random_state=_seed(self.seed, len(self._points), trial))
+
+    def _point(self, params: Mapping[str, Any]) -> Point:
+        return [_place(dimension, params[key]) for key, dimension in self.space.items()]
+
+
+def _standardised(objectives: Sequence[float | None]) -> list[float]:
+    """Mean 0 and spread 1, failures at the worst value. Rounded, so that y and a y + b give the same bits."""
+    real = np.array([y for y in objectives if y is not None])
+    if not len(real) or np.ptp(real / np.abs(real).max(initial=1e-300)) == 0:
+        return [0.0] * len(objectives)
+    values = np.array([real.max() if y is None else y for y in objectives]) / np.abs(real).max()
+    best, median = values.min(), np.median(values)
+    if median > best:
+        values = np.minimum(values, best + CAP * (median - best))
+    return np.round((values - values.mean()) / values.std(), 9).tolist()
+
+
+def _kernel(model: Any) -> Any:
+    """The fitted kernel with its noise, which scikit-optimize's regressor takes out after the fit."""
+    return model.kernel_.k1 + WhiteKernel(model.noise_, NOISE)
+
+
+def _skopt_dimension(dimension: Dimension) -> Any:
+    return Real(0.0, 1.0) if dimension.choices is None else Categorical(list(range(len(dimension.choices))))
+
+
+def _place(dimension: Dimension, value: Any) -> float:
+    """Where a value lies: on [0, 1] along the scale, or its index among the choices."""
+    if dimension.choices is not None:
+        return dimension.choices.index(value)
+    low, high, value = (math.log(x) if dimension.scale == "log" else x
+                        for x in (dimension.low, dimension.high, value))
+    place = (value - low) / (high - low) if high > low else 0.0
+    if not -SAME <= place <= 1 + SAME:
+        raise ValueError(f"a trial lies outside the search space {dimension.low} to {dimension.high}")
+    return min(max(place, 0.0), 1.0)
+
+
+def _value(dimension: Dimension, place: float) -> Any:
+    """The value at a place: the inverse of `_place`, never outside the bounds."""
+    if dimension.choices is not None:
+        return dimension.choices[int(place)]
+    low, high = dimension.low, dimension.high
+    value = low * (high / low) ** place if dimension.scale == "log" else low + (high - low) * place
+    value = float(min(max(value, low), high))
+    return round(value) if dimension.integer else value
+
+
+def _snap(dimension: Dimension, place: float) -> float:
+    """The nearest place that has a value of its own: whole numbers lie on a lattice."""
+    return _place(dimension, _value(dimension, place)) if dimension.integer else place
+
+
+def _spread(dimension: Dimension, uniform: float) -> float:
+    """A place from a number on [0, 1)."""
+    return float(uniform) if dimension.choices is None else int(uniform * len(dimension.choices))
+
+
+def _places(dimension: Dimension) -> Sequence[float] | Iterator[float]:
+    """Every place of a dimension without real numbers."""
+    if dimension.choices is not None:
+        return range(len(dimension.choices))
+    return [_place(dimension, value) for value in range(int(dimension.low), int(dimension.high) + 1)]
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@cache
+def _pools() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def _one_thread() -> Any:
+    """Matrices of tens of rows are slower on many threads, and their sums would depend on how many."""
+    return _pools().limit(limits=1)

@@ -1,0 +1,15 @@
+"""Shared by the tests: JAX stays on the CPU, and one small simulated specimen serves every module that needs data."""
+
+import os
+
+import pytest
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports JAX, here and in the workers that tests start
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """`cocuo` at 16^3 with 9 images and 5 maps at F3's noise: padded to 12 and 8 tilts, and solved in 0.1 s."""
+    from tests.specimens import simulated
+
+    return simulated(16, 9, 5)

@@ -1,0 +1,150 @@
+"""What every kind of workers must do. `mpiexec -n 3 python -m tests.contract NAME FOLDER`: MPI workers do."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch import workers
+from launch.workers import LocalWorkers, MpiWorkers
+from sweeps.crew import Event, Workers
+
+Maker = Callable[[str], Workers]
+"""From the name of an evaluation to workers, two of them."""
+
+
+def message(trial: int, folder: Path, attempt: int = 0) -> dict[str, Any]:
+    """A trial as the coordinator sends it."""
+    solver = {"lambda_model": 1.0, "lambda_tv": 1.0, "method": "fused", "iterations": 10, "record": []}
+    return {"cell": "all", "trial": trial, "attempt": attempt, "kind": "search", "params": {},
+            "settings": {"solver": solver, "data": {"chem_tilts": 5}}, "folder": str(folder)}
+
+
+def until(crew: Workers, met: Callable[[], bool], seconds: float = 60.0) -> list[Event]:
+    """Poll until a condition is met; what was reported meanwhile."""
+    events: list[Event] = []
+    deadline = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < deadline, f"timed out after {events}"
+        events += crew.poll(0.05)
+    return events
+
+
+def answers(crew: Workers, messages: list[dict[str, Any]]) -> dict[int, Event]:
+    """Send messages one after the other to whoever is idle; the events by trial."""
+    found: dict[int, Event] = {}
+    todo, at_work = list(messages), {}
+    deadline = time.monotonic() + 60
+    while todo or at_work:
+        assert time.monotonic() < deadline, f"no answer to {at_work}"
+        for worker in crew.idle():
+            if todo:
+                at_work[worker] = todo.pop(0)
+                crew.submit(worker, at_work[worker])
+        for event in crew.poll(0.05):
+            found[at_work.pop(event.worker)["trial"]] = event
+    return found
+
+
+def every_message_is_answered_by_its_worker(make: Maker, folder: Path) -> None:
+    with make("landscape") as crew:
+        crew.start(folder)
+        until(crew, lambda: len(crew.idle()) == 2)
+        assert sorted(crew.idle()) == sorted(crew.names())
+        found = answers(crew, [message(trial, folder) for trial in range(20)])
+        assert sorted(found) == list(range(20))
+        assert all(event.lost is None and event.result["trial"] == trial for trial, event in found.items())
+        assert {event.worker for event in found.values()} == set(crew.names())
+
+
+def a_busy_worker_is_not_idle_and_the_quick_do_not_wait_for_the_slow(make: Maker, folder: Path) -> None:
+    with make("slow_or_quick") as crew:
+        crew.start(folder)
+        until(crew, lambda: len(crew.idle()) == 2)
+        slow, quick = crew.idle()
+        crew.submit(slow, message(1, folder))
+        crew.submit(quick, message(0, folder))
+        assert crew.idle() == []
+        first = until(crew, lambda: crew.idle() == [quick])
+        assert [event.worker for event in first] == [quick]
+        second = until(crew, lambda: len(crew.idle()) == 2)
+        assert [event.worker for event in second] == [slow]
+
+
+def illness_is_a_status_and_chatter_goes_to_the_log(make: Maker, folder: Path) -> None:
+    with make("ill") as crew:
+        crew.start(folder)
+        found = answers(crew, [message(trial, folder) for trial in (0, 1, 2, 5, 6)])
+        statuses = {trial: event.result["status"] for trial, event in found.items()}
+        assert statuses[0] == statuses[5] == statuses[6] == "ok"
+        assert statuses[1] == "the cost rose; lower lambda_tv"
+        assert statuses[2].startswith("ValueError: lambda_tv is too much (evaluators.py:")
+        assert found[5].result["objective"] is None and found[5].result["metrics"] == {"nrmse": None}
+    logs = "".join(path.read_text(errors="replace") for path in (folder / "logs").glob("worker-*.log"))
+    assert "neither is this" in logs and "is not for the coordinator" in logs and "Traceback" in logs
+
+
+def an_answer_that_is_no_result_is_a_status(make: Maker, folder: Path) -> None:
+    with make("odd") as crew:
+        crew.start(folder)
+        found = answers(crew, [message(0, folder), message(1, folder)])
+        assert found[0].result["status"] == "ok"
+        assert "the evaluation returned set, not a result" in found[1].result["status"]
+
+
+def waiting_costs_no_processor_time(make: Maker, folder: Path) -> None:
+    with make("slow") as crew:
+        crew.start(folder)
+        until(crew, lambda: len(crew.idle()) == 2)
+        crew.submit(crew.idle()[0], message(0, folder))
+        wall, cpu = time.monotonic(), time.process_time()
+        assert crew.poll(0.3) == []
+        assert time.monotonic() - wall >= 0.3
+        assert time.process_time() - cpu < 0.05
+        until(crew, lambda: len(crew.idle()) == 2)
+
+
+def long_messages_arrive_whole(make: Maker, folder: Path) -> None:
+    with make("echo") as crew:
+        crew.start(folder)
+        long = {**message(0, folder), "params": {"angles": [i / 7 for i in range(50_000)]}}
+        assert answers(crew, [long])[0].result["params"] == long["params"]
+
+
+def workers_that_cannot_import_their_evaluation_are_no_workers(make: Maker, folder: Path) -> None:
+    with make("missing") as crew:
+        crew.start(folder)
+        events = until(crew, lambda: not crew.names())
+        assert all(event.result is None and "missing" in event.lost for event in events) and len(events) == 2
+
+
+CHECKS = {check.__name__: check for check in (
+    every_message_is_answered_by_its_worker,
+    a_busy_worker_is_not_idle_and_the_quick_do_not_wait_for_the_slow,
+    illness_is_a_status_and_chatter_goes_to_the_log,
+    an_answer_that_is_no_result_is_a_status,
+    waiting_costs_no_processor_time,
+    long_messages_arrive_whole,
+    workers_that_cannot_import_their_evaluation_are_no_workers,
+)}
+
+
+def local(evaluate: str) -> LocalWorkers:
+    """Two processes."""
+    return LocalWorkers(2, f"tests.evaluators:{evaluate}")
+
+
+def mpi(evaluate: str) -> MpiWorkers:
+    """Ranks 1 and 2."""
+    return MpiWorkers(f"tests.evaluators:{evaluate}")
+
+
+if __name__ == "__main__":
+    rank, _ = workers.world()
+    if rank:
+        workers.serve()
+    else:
+        CHECKS[sys.argv[1]](mpi, Path(sys.argv[2]))
+        print("kept")
+    workers.leave(0)

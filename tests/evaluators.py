@@ -1,0 +1,93 @@
+"""Evaluations for tests: quick, without JAX or the engine, and ill in every way a worker can be ill."""
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+Message = dict[str, Any]
+
+
+def landscape(message: Message) -> dict[str, Any]:
+    """A smooth valley in log10 of the weights, deeper with more tilts; a few ms, the same anywhere."""
+    time.sleep(0.004)
+    solver, data = message["settings"]["solver"], message["settings"]["data"]
+    x, y = math.log10(solver["lambda_model"]), math.log10(solver["lambda_tv"])
+    depth = 1 / (1 + data["chem_tilts"] / 5)
+    objective = depth + 0.05 * (x - 0.7) ** 2 + 0.1 * (y + 1.2) ** 2
+    if solver["method"] == "ml":
+        objective = 2.0
+    return {
+        "cell": message["cell"], "trial": message["trial"], "attempt": message["attempt"], "status": "ok",
+        "objective": objective, "metrics": {"nrmse": objective, "ssim": math.exp(-objective)},
+        "elements": {"nrmse": {"Co": objective, "O": 2 * objective}, "scale_error": {"Co": 0.0, "O": 0.1}},
+        "checkpoints": [{"iterations": n, "objective": objective + 1 / n, "metrics": {}, "elements": {}}
+                        for n in solver["record"]],
+        "iterations": solver["iterations"], "seconds": 0.004, "worker": "", "volume": None,
+    }
+
+
+def with_volume(message: Message) -> dict[str, Any]:
+    """The landscape, and a volume that tells its trial."""
+    result = landscape(message)
+    name = f"volumes/{message['cell']}-{message['trial']}-{message['attempt']}.zarr"
+    group = zarr.open_group(Path(message["folder"]) / name, mode="w", zarr_format=3)
+    group.create_array("volume", data=np.full((2, 4, 5, 6), 1 + message["trial"], "f4"), chunks=(1, 4, 5, 6),
+                       dimension_names=("element", "z", "y", "x"))
+    group.attrs.update({"elements": ["Co", "O"], "voxel_nm": 2.5, "status": "ok"})
+    return {**result, "volume": name}
+
+
+def paced(message: Message) -> dict[str, Any]:
+    """The landscape, slow enough to be killed in."""
+    time.sleep(0.03)
+    return landscape(message)
+
+
+def slow(message: Message) -> dict[str, Any]:
+    """The landscape after half a second."""
+    time.sleep(0.5)
+    return landscape(message)
+
+
+def ill(message: Message) -> dict[str, Any]:
+    """Trials 1 to 5 are ill in a way of their own; all print to where results go."""
+    trial, attempt = message["trial"], message["attempt"]
+    print('{"event": "result"} is not for the coordinator')
+    os.write(1, b"\x00\xff neither is this\n")
+    if trial == 1:
+        return {**landscape(message), "status": "the cost rose; lower lambda_tv", "objective": None}
+    if trial == 2:
+        raise ValueError("lambda_tv\nis too much")
+    if trial == 3 and attempt < 2:
+        os._exit(9)  # comes back
+    if trial == 4:
+        os.kill(os.getpid(), 9)  # never comes back
+    if trial == 5:
+        return {**landscape(message), "objective": math.nan, "metrics": {"nrmse": np.float32("inf")}}
+    return landscape(message)
+
+
+def odd(message: Message) -> Any:
+    """No result at all."""
+    return {1, 2} if message["trial"] == 1 else landscape(message)
+
+
+def stuck(message: Message) -> dict[str, Any]:
+    """All but the first trial of a cell last a minute."""
+    time.sleep(60 if message["trial"] else 0)
+    return landscape(message)
+
+
+def slow_or_quick(message: Message) -> dict[str, Any]:
+    """Odd trials are slow."""
+    return slow(message) if message["trial"] % 2 else landscape(message)
+
+
+def echo(message: Message) -> dict[str, Any]:
+    """The message, as a result."""
+    return {**message, "status": "ok", "objective": 0.0}

@@ -1,0 +1,82 @@
+"""NRMSE exactly as F3 defines it, and the measures that see what it cannot."""
+
+import numpy as np
+import pytest
+
+from engine.metrics import correlation, nrmse, nrmse_elements, poisson_deviance, scale_error
+
+
+@pytest.fixture
+def truth():
+    return np.random.default_rng(0).random((3, 12, 12, 12)).astype(np.float32)
+
+
+def test_nrmse_is_the_distance_of_z_scores(truth):
+    v, t = truth[0] + 0.5 * truth[1], truth[0]
+    z = [(a.astype(float) - a.mean(dtype=float)) / a.std(dtype=float) for a in (v, t)]
+    assert nrmse(v, t) == pytest.approx(np.sqrt(np.mean((z[0] - z[1]) ** 2)), rel=1e-6)
+    rho = np.corrcoef(v.ravel().astype(float), t.ravel().astype(float))[0, 1]
+    assert correlation(v, t) == pytest.approx(rho, rel=1e-9)
+    assert nrmse(v, t) == pytest.approx(np.sqrt(2 - 2 * rho), rel=1e-6)
+
+
+@pytest.mark.parametrize(("a", "b"), [(1, 0), (1e-3, 5), (1e4, -7)])
+def test_nrmse_knows_no_scale_and_no_offset(truth, a, b):
+    assert nrmse(a * truth[0].astype(float) + b, truth[0]) == pytest.approx(0, abs=1e-6)
+    v = truth[0] + truth[1]
+    assert nrmse(a * v.astype(float) + b, truth[0]) == pytest.approx(nrmse(v, truth[0]), rel=1e-6)
+
+
+def test_nrmse_of_unrelated_negated_and_constant_volumes(truth):
+    t = truth[0]
+    unrelated = np.random.default_rng(1).random(t.shape)
+    assert nrmse(unrelated, t) == pytest.approx(np.sqrt(2), rel=0.05)
+    assert nrmse(-t, t) == pytest.approx(2)
+    assert nrmse(np.full_like(t, 0.3), t) == pytest.approx(np.sqrt(2))
+    assert nrmse(np.zeros_like(t), t) == pytest.approx(np.sqrt(2))
+
+
+def test_nrmse_is_symmetric_and_per_element(truth):
+    v = truth + np.random.default_rng(2).normal(size=truth.shape)
+    assert nrmse(v[0], truth[0]) == pytest.approx(nrmse(truth[0], v[0]))
+    np.testing.assert_allclose(nrmse_elements(v, truth), [nrmse(a, b) for a, b in zip(v, truth, strict=True)])
+    with pytest.raises(ValueError):
+        nrmse_elements(v[:2], truth)
+
+
+def test_a_million_equal_voxels_do_not_drown_the_rest():
+    """Sums are in double precision: a faint signal on a large constant is found."""
+    t = np.random.default_rng(3).random((100, 100, 100)).astype(np.float32)
+    assert nrmse(1000 + t, t) < 1e-3
+
+
+def test_scale_error_is_what_nrmse_does_not_see(truth):
+    factors = np.array([0.5, 1.0, 1.1])
+    np.testing.assert_allclose(scale_error(factors[:, None, None, None] * truth, truth), factors - 1, atol=1e-6)
+    assert np.isfinite(scale_error(truth, 0 * truth)).all()
+
+
+def test_deviance_is_zero_at_equality_only():
+    rng = np.random.default_rng(4)
+    counts = rng.poisson(3.0, 1000)
+    assert poisson_deviance(counts, counts) == pytest.approx(0, abs=1e-8)
+    for factor in (0.5, 0.99, 1.01, 2):
+        assert poisson_deviance(counts, factor * counts) > 0
+    assert poisson_deviance(counts, rng.random(1000) * 10) > 0
+
+
+def test_deviance_is_one_per_pixel_for_poisson_noise():
+    rng = np.random.default_rng(5)
+    expected = rng.uniform(50, 200, 20000)
+    assert poisson_deviance(rng.poisson(expected), expected) / 20000 == pytest.approx(1, abs=0.05)
+
+
+def test_deviance_is_least_at_the_true_mean():
+    counts = np.random.default_rng(6).poisson(2.0, 5000)
+    at = [poisson_deviance(counts, np.full(5000, m)) for m in (1.5, counts.mean(), 2.5)]
+    assert at[1] == min(at)
+
+
+def test_deviance_of_an_impossible_model_is_large_but_finite():
+    assert 10 < poisson_deviance(np.array([1.0]), np.array([0.0])) < 100
+    assert poisson_deviance(np.array([0.0]), np.array([0.0])) == pytest.approx(0, abs=1e-9)
