@@ -87,11 +87,14 @@ class TiltSeries:
     def tilts(self) -> int:
         return self.projections.shape[1]
 
-    def noise_level(self) -> np.ndarray:
-        """(element,) standard deviation of one pixel's noise: as given, else `estimate_noise` of the images."""
+    def noise_level(self, without: tuple[int, ...] = ()) -> np.ndarray:
+        """(element,) standard deviation of one pixel's noise: as given, else `estimate_noise` of the images.
+
+        without: tilts that the estimate must not see.
+        """
         if self.noise is not None:
             return np.asarray(self.noise)
-        return np.array([estimate_noise(stack) for stack in self.projections])
+        return np.array([estimate_noise(np.delete(stack, without, 0)) for stack in self.projections])
 
 
 def estimate_noise(images: np.ndarray) -> float:

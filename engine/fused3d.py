@@ -34,6 +34,7 @@ RELAX = 1.5  # over-relaxation of the primal step; 1.9 diverges
 BALANCE_DECAY = 0.93  # rho may change by a factor 2 in iteration 0 and by 2^(0.93^k) in iteration k
 RHO_START = 0.01  # of the ratio of the two terms' curvatures: small, since too large a rho lands in a worse minimum
 RETREAT = 4.0  # a cost this many times the best one is a step that went wrong
+SWING, SLOWER = 1.01, 1.1  # while the cost swings this far above the best, each step is shorter than the last
 
 
 @dataclass(frozen=True)
@@ -159,12 +160,14 @@ def step(problem: Problem, state: State, iteration: jax.Array, *, counts: bool) 
     improved = (terms[-1] <= state.best_cost) | (refit & jnp.isfinite(terms[-1]))
     best_cost = jnp.where(improved, terms[-1], state.best_cost)
     wrong = ~(terms[-1] < RETREAT * best_cost) & ~state.retreat
+    swinging = (terms[-1] > SWING * best_cost) & (iteration >= GAIN_STEPS)
+    slower = jnp.where(wrong, 2.0, jnp.where(swinging, SLOWER, 1.0))
     kept = jnp.where(state.retreat, 0.0, 1.0)
     relative = jnp.sqrt((change**2).sum() / jnp.maximum((x**2).sum(), 1e-20))
     moved = State(
         x=new, projected=projected, projected_before=jnp.where(state.retreat, projected, state.projected),
         residual=kept * residual, slope=chem.slope, tv_dual=Dual(*(kept * d for d in tv_dual)),
-        rho=jnp.where(wrong, rho / 2, rho), gain=gain, caution=jnp.where(wrong, 2, 1) * state.caution, retreat=wrong,
+        rho=jnp.where(wrong, rho / 2, rho), gain=gain, caution=state.caution * slower, retreat=wrong,
         best=jnp.where(improved, new, state.best), best_cost=best_cost, metric=state.metric,
         ramp_norm=state.ramp_norm)
     # A retreat is no progress, and no sign of convergence either.

@@ -72,7 +72,7 @@ def build(data: MultiModal, *, gamma: float, lambda_model: float, lambda_chem: f
     map_rays = map_rays._replace(weight=jnp.asarray(kept))
     is_counts = chem.units == "counts"
     column = partial(_column, len(chem.elements))
-    map_weight = 1.0 if is_counts else 1 / chem.noise_level() ** 2
+    map_weight = 1.0 if is_counts else 1 / chem.noise_level(held_out) ** 2
     background = np.asarray(chem.background, np.float32)
     background = background.reshape((1,) * (4 - background.ndim) + background.shape)
     if background.shape[1] > 1:
@@ -130,7 +130,9 @@ def map_precision(problem: Problem, expected: jax.Array, counts: bool) -> jax.Ar
     if not counts:
         return problem.map_weight * jnp.ones_like(problem.maps)
     # Without a background the expected counts of vacuum, and so the step there, would be nothing.
-    return poisson_curvature(expected + 0.1 * expected.mean((1, 2, 3), keepdims=True))
+    seen = problem.map_rays.weight[:, None, None]
+    mean = (seen * expected).mean((1, 2, 3), keepdims=True) / seen.mean()
+    return poisson_curvature(expected + 0.1 * mean)
 
 
 def chemical_curvature(problem: Problem, signal: jax.Array, counts: bool) -> jax.Array:

@@ -21,7 +21,7 @@ from launch import devices, worker
 from sweeps.crew import Event
 from sweeps.journal import RunError
 
-SETUP, TRIAL, READY, RESULT, DEAD, BEAT, LEAVE = range(1, 8)  # tags
+SETUP, TRIAL, READY, RESULT, DEAD, BEAT, LEAVE, GONE = range(1, 9)  # tags
 HEARTBEAT = 5.0  # [s]
 SILENCE = 60.0  # [s] after which a rank counts as lost; its heart beats while it compiles and solves
 ABANDONED = 600.0  # [s] of silence after which a worker leaves; rank 0 may be busy for minutes
@@ -41,7 +41,7 @@ def world(env: Mapping[str, str] = os.environ) -> tuple[int, int]:
                        "install tomoatlas[mpi], and tomoatlas[mpich] where the machine has no MPI") from error
     comm = MPI.COMM_WORLD
     if comm.size == 1:
-        library = MPI.Get_library_version().splitlines()[0].strip()
+        library = MPI.Get_library_version().splitlines()[0].partition(",")[0].strip()
         raise RunError(f"{expected} processes were started, but each finds itself alone: the launcher does "
                        f"not know mpi4py's MPI ({library}). Under Slurm use srun --mpi=pmi2 for MPICH or "
                        "srun --mpi=pmix for Open MPI (srun --mpi=list says what there is); elsewhere use the "
@@ -57,6 +57,14 @@ def leave(code: int) -> NoReturn:
     if _broken:
         os._exit(code)
     sys.exit(code)
+
+
+def _break() -> None:
+    """From now on MPI_Finalize would hang."""
+    global _broken
+    if not _broken:
+        atexit.register(leave, 2)  # an error may end the process without a word to `leave`
+    _broken = True
 
 
 class MpiWorkers:
@@ -123,6 +131,8 @@ class MpiWorkers:
         return events
 
     def _take(self, rank: int, tag: int, text: str) -> list[Event]:
+        if tag == GONE:
+            self._present.discard(rank)
         if rank not in self._alive:
             return []  # was given up
         self._heard[rank] = time.monotonic()
@@ -156,12 +166,9 @@ class MpiWorkers:
         return [self._lose(rank, f"{_name(rank)} died") for rank in dead if rank in self._alive]
 
     def _lose(self, rank: int, reason: str) -> Event:
-        global _broken
-        if not _broken:
-            atexit.register(leave, 2)  # an error may end the process without a word to `leave`
-        _broken = True
+        _break()
         self._alive.remove(rank)
-        self._present.remove(rank)
+        self._present.discard(rank)
         self._idle.discard(rank)
         return Event(_name(rank), lost=reason)
 
@@ -180,8 +187,15 @@ class MpiWorkers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Send the ranks home and wait for them: MPI_Finalize fails where a message is left unread."""
         for rank in self._present:
             self._send(rank, "", LEAVE)
+        deadline = time.monotonic() + SILENCE
+        while self._present and not _broken:
+            self._receive()
+            time.sleep(0.005)
+            if time.monotonic() > deadline:
+                _break()
         if not _broken:
             self._mpi.Finalize()
 
@@ -285,7 +299,8 @@ class _Rank:
             self.outbox.put((RESULT, worker.answer(function, self.inbox.get())))
 
     def leave(self) -> None:
-        """Say goodbye to MPI; a trial that still runs ends with the process."""
+        """Say goodbye; a trial that still runs ends with the process."""
+        self.comm.send("", 0, GONE)
         self.mpi.Finalize()
         if self.busy:
             os._exit(0)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch import workers
+from launch import mpi, workers
 from launch.workers import LocalWorkers, MpiWorkers
 from sweeps.crew import Event, Workers
 
@@ -119,6 +119,16 @@ def workers_that_cannot_import_their_evaluation_are_no_workers(make: Maker, fold
         assert all(event.result is None and "missing" in event.lost for event in events) and len(events) == 2
 
 
+def a_rank_that_falls_silent_is_lost(make: Maker, folder: Path) -> None:
+    """Of MPI workers only: a local worker's end is known at once, and one that is stopped may go on."""
+    mpi.SILENCE = 1.0
+    with make("frozen") as crew:
+        crew.start(folder)
+        found = answers(crew, [message(trial, folder) for trial in (0, 1, 2, 3)])
+        assert found[1].lost == f"{found[1].worker} gave no sign of life for 1 s"
+        assert crew.names() == crew.idle() == [found[3].worker] != [found[1].worker]
+
+
 CHECKS = {check.__name__: check for check in (
     every_message_is_answered_by_its_worker,
     a_busy_worker_is_not_idle_and_the_quick_do_not_wait_for_the_slow,
@@ -130,21 +140,25 @@ CHECKS = {check.__name__: check for check in (
 )}
 
 
+MPI_CHECKS = {**CHECKS, "a_rank_that_falls_silent_is_lost": a_rank_that_falls_silent_is_lost}
+
+
 def local(evaluate: str) -> LocalWorkers:
     """Two processes."""
     return LocalWorkers(2, f"tests.evaluators:{evaluate}")
 
 
-def mpi(evaluate: str) -> MpiWorkers:
+def ranks(evaluate: str) -> MpiWorkers:
     """Ranks 1 and 2."""
     return MpiWorkers(f"tests.evaluators:{evaluate}")
 
 
 if __name__ == "__main__":
+    mpi.HEARTBEAT = 0.1
     rank, _ = workers.world()
     if rank:
         workers.serve()
     else:
-        CHECKS[sys.argv[1]](mpi, Path(sys.argv[2]))
+        MPI_CHECKS[sys.argv[1]](ranks, Path(sys.argv[2]))
         print("kept")
     workers.leave(0)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def ill(message: Message) -> dict[str, Any]:
     if trial == 3 and attempt < 2:
         os._exit(9)  # comes back
     if trial == 4:
-        os.kill(os.getpid(), 9)  # never comes back
+        os.kill(os.getpid(), signal.SIGKILL)  # never comes back
     if trial == 5:
         return {**landscape(message), "objective": math.nan, "metrics": {"nrmse": np.float32("inf")}}
     return landscape(message)
@@ -80,6 +81,13 @@ def odd(message: Message) -> Any:
 def stuck(message: Message) -> dict[str, Any]:
     """All but the first trial of a cell last a minute."""
     time.sleep(60 if message["trial"] else 0)
+    return landscape(message)
+
+
+def frozen(message: Message) -> dict[str, Any]:
+    """A worker that neither lives nor dies in trial 1."""
+    if message["trial"] == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
     return landscape(message)
 
 

@@ -3,12 +3,10 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -108,9 +106,7 @@ def test_what_cannot_run_is_told_in_a_sentence_and_writes_nothing(words, tmp_pat
 def test_hints_name_the_next_step(tmp_path):
     assert "tomoatlas init" in told("run")[2] and "quickstart" in told("run")[2]
     assert "did you mean size?" in told("run", "quickstart", "--set", "data.sise=3")[2]
-    assert (
-        "did you mean" in told("run", "quickstart", "--cell", "haadf_tilts=17,chem_tilt=5", cwd=tmp_path)[2]
-    )
+    assert "did you mean" in told("run", "quickstart", "--cell", "haadf_tilts=17,chem_tilt=5", cwd=tmp_path)[2]
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -159,9 +155,7 @@ def test_plan_counts_solves_of_folds_and_bytes_of_volumes():
     assert planned.trials == 2 * 1 + 4 * 3
     assert planned.kept == 4 * 4 * 4 * 16**3
     assert planned.stages == 4 * 4 * 16**3 + sum(4 * 16 * 16 * (h + 4 * c) for h in (0, 9) for c in (3, 5))
-    held = settings.load(
-        SMALL_PLAIN | {"search": {"trials": 3, "initial": 3, "objective": "heldout", "folds": 3}}
-    )
+    held = settings.load(SMALL_PLAIN | {"search": {"trials": 3, "initial": 3, "objective": "heldout", "folds": 3}})
     assert sum(cost.solves for cost in plan.plan(held).costs) == 4 * planned.trials
 
 
@@ -287,29 +281,6 @@ def test_two_signals_count_up_and_handlers_are_put_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_an_environment_with_a_stranger_of_our_name_is_refused(tmp_path):
-    for name, home in (("engine", ROOT), ("sweeps", tmp_path / "other"), ("launch", ROOT)):
-        (tmp_path / "path").mkdir(exist_ok=True)
-        if home == ROOT:
-            (tmp_path / "path" / name).symlink_to(ROOT / name)
-        else:
-            (home / name).mkdir(parents=True)
-            (home / name / "__init__.py").write_text("")
-    code = "from launch.cli import main; main()"
-    path = os.pathsep.join([str(tmp_path / "path"), str(tmp_path / "other")])
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert (
-        "side by side" in done.stderr and "python3 -m venv" in done.stderr and "Traceback" not in done.stderr
-    )
-
-
 def test_a_misspelt_cell_is_answered_with_the_nearest():
     cells = grid.cells(settings.load(SMALL_PLAIN))
     session.check_cell(cells, None)
@@ -325,9 +296,7 @@ def test_durations(seconds, text):
     assert tables.duration(seconds) == text
 
 
-@pytest.mark.parametrize(
-    ("count", "text"), [(12, "12 B"), (5.3 * 2**30, "5.3 GiB"), (812 * 2**20, "812 MiB")]
-)
+@pytest.mark.parametrize(("count", "text"), [(12, "12 B"), (5.3 * 2**30, "5.3 GiB"), (812 * 2**20, "812 MiB")])
 def test_sizes(count, text):
     assert plan.size(count) == text
 
@@ -397,58 +366,6 @@ def test_two_signals_leave_at_once(small, tmp_path):
     process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGINT
     assert status.look(folder)["state"] == "stopped"
-
-
-@pytest.mark.slow
-def test_check_and_help_start_quickly():
-    for words in (["--help"], ["check", "quickstart"]):
-        best = min(_seconds([sys.executable, "-m", "launch.cli", *words]) for _ in range(3))
-        assert best < 2.0, f"{words}: {best:.2f} s of processor time"
-
-
-def _seconds(words):
-    """Processor seconds of a command."""
-    before = os.times()
-    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
-    after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
-
-
-@pytest.mark.slow
-def test_a_wheel_holds_the_packages_and_their_files_and_runs_in_an_empty_environment(tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".*_cache")
-    )
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source],
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"launch/configs/quickstart.yaml", "engine/data.py", "sweeps/grid.py", "launch/cli.py"} <= set(
-        names
-    )
-    assert {name.split("/")[0] for name in names} == {"engine", "sweeps", "launch", names[-1].split("/")[0]}
-    place = tmp_path / "place"
-    subprocess.run([sys.executable, "-m", "venv", place], check=True)
-    subprocess.run(
-        [place / "bin" / "pip", "install", "--quiet", "--no-index", "--no-deps", wheel], check=True
-    )
-    # It has nothing of the checkout; what tomoatlas needs is lent by the environment that the tests run in.
-    library = next((place / "lib").glob("python3*")) / "site-packages"
-    (library / "lent.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
-    clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [place / "bin" / "tomoatlas", "check", "quickstart"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=clean,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "quickstart" in done.stdout and "9 (3 HAADF tilts x 3 chemical tilts)" in done.stdout
 
 
 def test_observer_is_the_coordinators():

@@ -30,10 +30,11 @@ def test_local_workers_keep_the_contract(check, tmp_path):
 
 
 @needs_mpi
-@pytest.mark.parametrize("check", contract.CHECKS)
+@pytest.mark.parametrize("check", contract.MPI_CHECKS)
 def test_mpi_workers_keep_the_contract(check, tmp_path):
     done = ranks(3, "tests.contract", check, tmp_path)
-    assert (done.returncode, done.stdout) == (0, "kept\n"), done.stderr
+    assert done.stdout.startswith("kept\n"), done.stderr
+    assert done.returncode == 0 or check == "a_rank_that_falls_silent_is_lost"  # which mpiexec has to kill
 
 
 @pytest.mark.parametrize("trial, how", [(3, "ended with exit status 9"), (4, "was killed by SIGKILL")])
