@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,9 +82,10 @@ def plan(sweep: Sweep) -> Plan:
     """The plan of a sweep; DataError where measured files do not hold what the settings say."""
     cells = grid.cells(sweep)
     series: dict[str, None] = {}
+    opened: dict[str, tuple[Extent, list[str]]] = {}
     costs = []
     for cell in cells:
-        extent, lines = _extent(cell.sweep)
+        extent, lines = _extent(cell.sweep, opened)
         series |= dict.fromkeys(lines)
         costs.append(_cost(cell, extent))
     kept = {"none": 0, "best": len(cells), "all": sum(map(grid.trials, cells))}[sweep.output.save]
@@ -125,44 +125,38 @@ def _cost(cell: Cell, extent: Extent) -> Cost:
     return Cost(cell, extent, each * sum(count for _, count in planned), memory, gpu, core)
 
 
-def _extent(sweep: Sweep) -> tuple[Extent, list[str]]:
-    """Sizes of a cell's problem and, for measured data, a line about each series."""
+def _extent(sweep: Sweep, opened: dict[str, tuple[Extent, list[str]]]) -> tuple[Extent, list[str]]:
+    """Sizes of a cell's problem and, for measured data, a line about each series.
+
+    opened: what is known of measured data already, since the cells of a sweep mostly share it.
+    """
     from engine.phantoms import ELEMENTS, FIELD_NM
 
     data = sweep.data
     if isinstance(data, Measured):
-        return _measured(data.model_dump_json())
+        key = data.model_dump_json()
+        if key not in opened:
+            opened[key] = _measured(sweep, data)
+        return opened[key]
     size = data.size
     return Extent(
         tuple(ELEMENTS[data.phantom]), (size, size, size), data.haadf_tilts, data.chem_tilts, FIELD_NM / size
     ), []
 
 
-@cache
-def _measured(text: str) -> tuple[Extent, list[str]]:
-    """Opens the files; cached, because the cells of a sweep mostly share them."""
-    from engine.measured import prepare, read_series
+def _measured(sweep: Sweep, data: Measured) -> tuple[Extent, list[str]]:
+    """Opens the files; DataError names the line of the YAML."""
+    from engine.data import DataError
+    from sweeps import stages
 
-    data = Measured.model_validate_json(text)
-    sources = {"chem": data.chem} | ({"haadf": data.haadf} if data.haadf else {})
-    given = {name: source.model_dump(exclude_none=True) for name, source in sources.items()}
-    recordings = {name: read_series(root=data.root, **values) for name, values in given.items()}
-    crop = data.crop.model_dump(exclude_none=True) if data.crop else None
-    series = prepare(
-        *recordings.values(),
-        pixel_size=data.pixel_size,
-        crop=crop,
-        binning=data.binning,
-        tilt_axis=data.tilt_axis,
-    )
-    chem, tilts = series[0], [each.tilts for each in series[1:]]
-    ny, nx = chem.projections.shape[2:]
-    wide, deep, padding = (getattr(data.volume, name, None) for name in ("ny", "nz", "padding"))
-    shape = (deep or ny, (wide or ny) + 2 * (padding or 0), nx)
-    haadf = min(tilts + ([] if data.haadf_tilts is None else [data.haadf_tilts]), default=0) if tilts else 0
-    maps = min(chem.tilts, data.chem_tilts or chem.tilts)
-    lines = [_line(name, recording, data.binning) for name, recording in recordings.items()]
-    return Extent(chem.elements, shape, haadf, maps, chem.pixel_size), lines
+    series = stages.recordings(data, sweep.where)
+    try:
+        whole = stages.measured_data(data, series)
+    except DataError as error:
+        raise DataError(f"{sweep.where('data')}: {error}") from None
+    haadf = whole.haadf.tilts if whole.haadf else 0
+    lines = [_line(name, recording, data.binning) for name, recording in series.items()]
+    return Extent(whole.chem.elements, whole.shape, haadf, whole.chem.tilts, whole.chem.pixel_size), lines
 
 
 def _line(name: str, recording: Recording, binning: int) -> str:

@@ -70,11 +70,7 @@ def _tiles(ax: Axes, panel: Panel, norm: Normalize) -> None:
     """Tiles from the top line down; baselines stand apart below a gap."""
     heights, y = [], 0.0
     for k, (value, series) in enumerate(panel.lines):
-        if (
-            k
-            and bool(series) != bool(panel.lines[k - 1][1])
-            or (k and series and value != panel.lines[k - 1][0])
-        ):
+        if k and bool(series) != bool(panel.lines[k - 1][1]) or (k and series and value != panel.lines[k - 1][0]):
             y += GAP
         heights.append(y)
         y += 1.0
@@ -85,9 +81,7 @@ def _tiles(ax: Axes, panel: Panel, norm: Normalize) -> None:
             if entry is None:
                 continue
             colour = colours(norm(entry.value))
-            ax.add_patch(
-                Rectangle((column - 0.5, top - 0.5), 1, 1, facecolor=colour, edgecolor="white", lw=0.8)
-            )
+            ax.add_patch(Rectangle((column - 0.5, top - 0.5), 1, 1, facecolor=colour, edgecolor="white", lw=0.8))
             text = f"{entry.value:.2f}" if 0.01 <= abs(entry.value) < 1000 else f"{entry.value:.1e}"
             spread = f"\n±{entry.deviation:.2g}" if entry.deviation else ""
             ax.text(
@@ -131,9 +125,7 @@ def sampling_line(panels: Sequence[Panel], metric: str) -> Figure:
     ax = figure.subplots()
     panel = panels[0]
     numeric = all(isinstance(value, (int, float)) for value, _ in panel.lines)
-    places = {
-        value: value if numeric else k for k, value in enumerate(dict.fromkeys(v for v, _ in panel.lines))
-    }
+    places = {value: value if numeric else k for k, value in enumerate(dict.fromkeys(v for v, _ in panel.lines))}
     series = list(dict.fromkeys(name for _, name in panel.lines))
     for k, name in enumerate(series):
         points = sorted(
@@ -169,9 +161,7 @@ def sampling_line(panels: Sequence[Panel], metric: str) -> Figure:
     return figure
 
 
-def landscape(
-    cells: Sequence[Cell], rows: Mapping[str, list[dict[str, Any]]], objective: str, across: int
-) -> Figure:
+def landscape(cells: Sequence[Cell], rows: Mapping[str, list[dict[str, Any]]], objective: str, across: int) -> Figure:
     """Every searched trial of each cell in the plane of its first two weights; colour: objective / best."""
     across = min(len(cells), across)
     down = -(-len(cells) // across)
@@ -259,9 +249,7 @@ def _axis(ax: Axes, which: str, dimension: Dimension, name: str) -> None:
     else:
         getattr(ax, f"set_{which}lim")(low - 0.05 * (high - low) - 1e-9, high + 0.05 * (high - low) + 1e-9)
     if dimension.choices:
-        getattr(ax, f"set_{which}ticks")(
-            range(len(dimension.choices)), [shown(choice) for choice in dimension.choices]
-        )
+        getattr(ax, f"set_{which}ticks")(range(len(dimension.choices)), [shown(choice) for choice in dimension.choices])
     getattr(ax, f"set_{which}label")(title(name), fontsize=8)
 
 
@@ -291,9 +279,7 @@ def convergence(histories: Mapping[str, Mapping[str, np.ndarray]], across: int) 
         ax.set_axis_off()
     figure.supxlabel("iteration", fontsize=9)
     figure.supylabel("weighted term of the cost", fontsize=9)
-    handles = {
-        text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
+    handles = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     shown_terms = [TERMS.get(term, term) for term in terms if TERMS.get(term, term) in handles]
     figure.legend(
         [handles[words] for words in shown_terms],
@@ -318,52 +304,51 @@ def _log_axis(ax: Axes, values: np.ndarray) -> None:
 
 
 @dataclass(frozen=True)
-class Column:
-    """One volume of the slices figure: images (element, row, column), and a number under each title."""
+class Picture:
+    """A plane of one volume: images (element, row, column), a title, and a score of each element."""
 
     title: str
     images: np.ndarray
-    elements: tuple[str, ...]
     scores: Mapping[str, float]
 
 
-def slices(columns: Sequence[Column], tops: Mapping[str, float], voxel: float, caption: str) -> Figure:
-    """Rows of elements, columns of volumes, one colour scale per element; scale bar in nm.
+def slices(pictures: Sequence[Picture], tops: Mapping[str, float], voxel: float, caption: str) -> Figure:
+    """Every element of every volume, one colour scale per element; scale bar in nm.
 
-    tops: the upper end of each element's scale, which starts at 0. voxel: [nm].
+    tops: the upper end of each element's scale, which starts at 0. voxel: [nm]. Elements are rows, or columns where
+    the figure would be twice as tall as wide.
     """
-    elements = list(dict.fromkeys(element for column in columns for element in column.elements))
-    rows, across = len(elements), len(columns)
-    high, wide = columns[0].images.shape[1:]
+    high, wide = pictures[0].images.shape[1:]
+    turned = len(tops) * high > 2 * len(pictures) * wide
+    rows, across = (len(pictures), len(tops)) if turned else (len(tops), len(pictures))
     width = 2.0 * min(1.6, max(0.5, (wide / high) ** 0.5))
-    figure = Figure(
-        figsize=(width * across + 1.0, (width * high / wide + 0.22) * rows + 0.8), layout="constrained"
-    )
+    size = (width * across + 1.0, (width * high / wide + 0.22) * rows + (1.2 if turned else 0.8))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, across, squeeze=False)
-    for k, element in enumerate(elements):
-        norm = Normalize(0.0, tops.get(element) or 1.0)
-        for ax, column in zip(axes[k], columns, strict=True):
-            ax.set_xticks([])
-            ax.set_yticks([])
-            if element not in column.elements:
-                ax.set_axis_off()
-                continue
-            ax.imshow(
-                column.images[column.elements.index(element)],
-                cmap=SLICES,
-                norm=norm,
-                interpolation="nearest",
-                origin="lower",
-            )
-            if element in column.scores:
-                ax.set_title(f"NRMSE {column.scores[element]:.2f}", fontsize=8, pad=3)
-        axes[k, 0].set_ylabel(element, fontsize=11, rotation=0, labelpad=14, va="center")
-        figure.colorbar(_scale(norm, SLICES), ax=axes[k], shrink=0.85, aspect=14, pad=0.01).ax.tick_params(
-            labelsize=7
+    tiles = axes.T if turned else axes  # (element, picture)
+    for line, (element, top), k in zip(tiles, tops.items(), range(len(tops)), strict=True):
+        norm = Normalize(0.0, top or 1.0)
+        for ax, picture in zip(line, pictures, strict=True):
+            ax.set(xticks=[], yticks=[])
+            ax.imshow(picture.images[k], cmap=SLICES, norm=norm, interpolation="nearest", origin="lower")
+            if element in picture.scores:
+                ax.set_title(f"NRMSE {picture.scores[element]:.2f}", fontsize=8, pad=3)
+        bar = figure.colorbar(
+            _scale(norm, SLICES), ax=line, location="bottom" if turned else "right", shrink=0.85, aspect=14, pad=0.01
         )
-    for ax, column in zip(axes[0], columns, strict=True):
+        bar.ax.tick_params(labelsize=7)
+    heads, sides = (list(tops), [picture.title for picture in pictures])[:: 1 if turned else -1]
+    for ax, head in zip(axes[0], heads, strict=True):
         lower = ax.get_title()
-        ax.set_title(column.title + (f"\n{lower}" if lower else ""), fontsize=8 if lower else 9, pad=3)
+        ax.set_title(head + (f"\n{lower}" if lower else ""), fontsize=8 if lower else 9, pad=3)
+    for ax, side in zip(axes[:, 0], sides, strict=True):
+        ax.set_ylabel(
+            side,
+            fontsize=9 if turned else 11,
+            rotation=90 if turned else 0,
+            labelpad=6 if turned else 14,
+            va="baseline" if turned else "center",
+        )
     _scale_bar(axes[0, 0], wide, high, voxel)
     figure.supxlabel(caption, fontsize=8)
     return figure
@@ -375,9 +360,7 @@ def _scale_bar(ax: Axes, wide: int, high: int, voxel: float) -> None:
     power = 10.0 ** np.floor(np.log10(target))
     length = power * max(step for step in (1, 2, 5) if step * power <= target)
     left, low = 0.06 * wide, 0.06 * high
-    ax.add_patch(
-        Rectangle((left, low), length / voxel, max(0.02 * high, 0.8), facecolor="white", edgecolor="black")
-    )
+    ax.add_patch(Rectangle((left, low), length / voxel, max(0.02 * high, 0.8), facecolor="white", edgecolor="black"))
     words = ax.text(
         left + length / voxel / 2,
         0.1 * high,

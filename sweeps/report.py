@@ -15,6 +15,7 @@ from engine.measured import read_truth
 from sweeps import settings, stages, tables
 from sweeps.atlas import RunFolder, resolved
 from sweeps.grid import Cell
+from sweeps.journal import RunError
 from sweeps.settings import Phantom, Sweep
 from sweeps.tables import CONVENTIONAL, METHODS, REPLICATE, Run, shown, title
 
@@ -40,23 +41,34 @@ PLANES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 def write(folder: Path) -> list[Path]:
     """Draw everything a run folder has results for into its report/; the files' paths, index.html first.
 
-    Raises RunError where the folder is no run folder. The old report stays until the new one is complete.
+    Raises RunError where the folder is no run folder, or cannot be written. The old report stays until the new one
+    is complete.
     """
     run = tables.read(folder)
     target = RunFolder(folder).report
-    aside = target.with_name("report.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    try:
+        names = _write_aside(run, target.with_name("report.partial"))
+        shutil.rmtree(target, ignore_errors=True)
+        target.with_name("report.partial").rename(target)
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or target}: {error.strerror or error}; the results are safe, only the "
+            f"report is missing: make room, then tomoatlas report {folder}"
+        ) from error
+    return [target / name for name in names]
+
+
+def _write_aside(run: Run, folder: Path) -> list[str]:
+    """A new report in `folder`; the names of its files."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     made = []
     for name, words, figure in _figures(run):
-        figure.savefig(aside / f"{name}.png", dpi=DPI)
-        made.append((f"{name}.png", words))
-    (aside / "index.html").write_text(
-        page(run, [(words, (aside / name).read_bytes()) for name, words in made]), "utf-8"
-    )
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    return [target / "index.html", *(target / name for name, _ in made)]
+        figure.savefig(folder / f"{name}.png", dpi=DPI)
+        made.append((words, f"{name}.png"))
+    text = page(run, [(words, (folder / name).read_bytes()) for words, name in made])
+    (folder / "index.html").write_text(text, "utf-8")
+    return ["index.html", *(name for _, name in made)]
 
 
 def table(folder: Path) -> str:
@@ -125,9 +137,9 @@ def _history(run: Run, cell: Cell) -> dict[str, np.ndarray]:
     if group is None or best is None:
         return {}
     solver = resolved(cell, best["params"]).solver
-    terms = {
-        name.removeprefix("history_"): group[name][:] for name in group.array_keys() if "history_" in name
-    }
+    terms = {name.removeprefix("history_"): group[name][:] for name in group.array_keys() if "history_" in name}
+    if cell.sweep.solver.method in ("ml", "sirt"):
+        terms.pop("tv", None)  # is told, but is no part of the cost
     known = [name for name in TERMS if name in terms]
     return {
         name: terms[name] * getattr(solver, f"lambda_{name}", 1.0)
@@ -145,43 +157,33 @@ def _slices(run: Run) -> Iterator[tuple[str, str, Figure]]:
     if not chosen:
         return
     best = kept[chosen[-1].id]
-    shape, elements = best["volume"].shape, tuple(best.attrs["elements"])
-    chosen = [cell for cell in chosen if kept[cell.id]["volume"].shape == shape]
-    truth = _truth(run, chosen[-1].sweep, elements, shape[1:])
+    shape, elements = best["volume"].shape, best.attrs["elements"]
+    alike = {
+        name for name, group in kept.items() if group["volume"].shape == shape and group.attrs["elements"] == elements
+    }
+    truth = _truth(run, chosen[-1].sweep, tuple(elements), shape[1:])
     for plane, (words, cut) in PLANES.items():
-        columns = [] if truth is None else [figures.Column("truth", cut(truth), elements, {})]
+        pictures = [] if truth is None else [figures.Picture("truth", cut(truth), {})]
         for cell in chosen:
-            scores = (run.winner(cell) or {}).get("elements", {}).get("nrmse", {})
-            columns.append(
-                figures.Column(
-                    f"{METHODS[cell.sweep.solver.method]}\n{_short(cell)}",
-                    cut(kept[cell.id]["volume"]),
-                    elements,
-                    scores,
-                )
-            )
+            if cell.id in alike:
+                scores = (run.winner(cell) or {}).get("elements", {}).get("nrmse", {})
+                pictures.append(figures.Picture(_caption(run, cell), cut(kept[cell.id]["volume"]), scores))
         if truth is not None:
             tops, top = truth.max((1, 2, 3)), "the maximum of the truth"
         else:
             # A bright pixel of noise must not darken everything else.
-            tops, top = np.percentile(columns[-1].images, 99.8, (1, 2)), "the last column"
-        caption = f"{words}.\nColour: concentration, one scale per element, up to {top}."
-        caption += " NRMSE: of the whole volume." if run.metric == "nrmse" else ""
+            tops, top = np.percentile(pictures[-1].images, 99.8, (1, 2)), "the 99.8th percentile of the last"
+        note = f"{words}.\nColour: concentration, one scale per element, up to {top}."
+        note += " NRMSE: of the whole volume." if run.metric == "nrmse" else ""
+        voxel = float(np.min(best.attrs["voxel_nm"]))
         yield (
             f"slices-{plane}",
             f"{words}; the winner of each cell.",
-            figures.slices(
-                columns,
-                dict(zip(elements, tops.tolist(), strict=True)),
-                float(np.min(best.attrs["voxel_nm"])),
-                caption,
-            ),
+            figures.slices(pictures, dict(zip(elements, tops.tolist(), strict=True)), voxel, note),
         )
 
 
-def _truth(
-    run: Run, sweep: Sweep, elements: tuple[str, ...], shape: tuple[int, int, int]
-) -> np.ndarray | None:
+def _truth(run: Run, sweep: Sweep, elements: tuple[str, ...], shape: tuple[int, int, int]) -> np.ndarray | None:
     """(element, z, y, x) concentrations that results are compared with; None where they are not known."""
     if isinstance(sweep.data, Phantom):
         return stages.truth(run.folder, sweep.data)
@@ -196,9 +198,7 @@ def compared(run: Run, cells: list[Cell]) -> list[Cell]:
     First come the conventional ones that share most of the best one's coordinates, at most two.
     """
     reached = {cell.id: found[0].value for cell in cells if (found := tables.scores(run, cell))}
-    cells = sorted(
-        (cell for cell in cells if cell.id in reached), key=lambda cell: reached[cell.id], reverse=True
-    )
+    cells = sorted((cell for cell in cells if cell.id in reached), key=lambda cell: reached[cell.id], reverse=True)
     fused = [cell for cell in cells if cell.sweep.solver.method not in CONVENTIONAL]
     others = [cell for cell in cells if cell not in fused]
     if not fused:
@@ -212,17 +212,17 @@ def compared(run: Run, cells: list[Cell]) -> list[Cell]:
     return [*nearest, *(fused[:1] if len(fused) > 1 else []), best]
 
 
-def _short(cell: Cell) -> str:
-    """Coordinates in two words each, for a narrow column: "47 HAADF, 9 chemical tilts"."""
-    at = dict(cell.coordinates)
+def _caption(run: Run, cell: Cell) -> str:
+    """Method and coordinates in few words, for a narrow column: "fused\\n47 HAADF, 9 chemical tilts"."""
+    method, at = cell.sweep.solver.method, dict(cell.coordinates)
+    words = METHODS[method]
+    if method in ("ml", "sirt") and (best := run.winner(cell)):
+        words += f", {best['iterations']} iterations"
+    parts = []
     if {"haadf_tilts", "chem_tilts"} <= set(at):
-        head = f"{at.pop('haadf_tilts')} HAADF, {at.pop('chem_tilts')} chemical tilts"
-        return ", ".join([head, *(f"{title(axis)} {shown(value)}" for axis, value in at.items())])
-    return ", ".join(
-        f"{title(axis)} {shown(value)}"
-        for axis, value in at.items()
-        if axis not in ("method", "solver.method")
-    )
+        parts.append(f"{at.pop('haadf_tilts')} HAADF, {at.pop('chem_tilts')} chemical tilts")
+    parts += [f"{title(axis)} {shown(value)}" for axis, value in at.items() if not axis.endswith("method")]
+    return "\n".join(part for part in (words, ", ".join(parts)) if part)
 
 
 def page(run: Run, figures: list[tuple[str, bytes]]) -> str:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from engine import measured
-from engine.data import MultiModal, even_subset
+from engine.data import DataError, MultiModal, even_subset
 from engine.phantoms import FIELD_NM, phantom
-from sweeps.schema import Measured, Phantom, Source
+from sweeps.schema import Measured, Phantom, Source, Volume
 
 Arrays = dict[str, np.ndarray]
 
@@ -62,26 +62,41 @@ def truth(folder: Path, data: Phantom) -> np.ndarray:
     return stage(folder, "truth", inputs, make)["volume"]
 
 
-def measured_data(data: Measured) -> MultiModal:
-    """Measured series, aligned, cropped and binned to one grid."""
-    chem = _recording(data, data.chem, data.chem_tilts)
-    haadf = None if data.haadf is None or data.haadf_tilts == 0 else _recording(data, data.haadf, data.haadf_tilts)
+def recordings(data: Measured, where: Callable[[str], str] = lambda name: name) -> dict[str, measured.Recording]:
+    """The series of a measured specimen, "chem" first, as they lie in their files.
+
+    where: what a complaint about a setting begins with, file and line. Raises DataError.
+    """
+    sources: dict[str, tuple[Source, int | None]] = {"chem": (data.chem, data.chem_tilts)}
+    if data.haadf is not None and data.haadf_tilts != 0:
+        sources["haadf"] = (data.haadf, data.haadf_tilts)
+    opened = {}
+    for name, (source, count) in sources.items():
+        try:
+            opened[name] = _recording(data, source, count)
+        except DataError as error:
+            raise DataError(f"{where(f'data.{name}.path')}: {error}") from None
+    return opened
+
+
+def measured_data(data: Measured, opened: dict[str, measured.Recording] | None = None) -> MultiModal:
+    """Measured series (`recordings` of `data`), aligned, cropped and binned to one grid."""
+    opened = opened or recordings(data)
     crop = None if data.crop is None else data.crop.model_dump()
-    series = measured.prepare(*([chem] if haadf is None else [chem, haadf]), pixel_size=data.pixel_size, crop=crop,
-                              binning=data.binning, tilt_axis=data.tilt_axis)
+    chem, *haadf = measured.prepare(*opened.values(), pixel_size=data.pixel_size, crop=crop, binning=data.binning,
+                                    tilt_axis=data.tilt_axis)
     elements = data.chem.elements
     numbers = tuple(e if isinstance(e, int) else e.number for e in elements.values())
-    ny, nx = series[0].projections.shape[2:]
-    volume = data.volume
-    wide = ((volume.ny if volume else None) or ny) + 2 * (volume.padding if volume else 0)
-    shape = ((volume.nz if volume else None) or ny, wide, nx)
+    ny, nx = chem.projections.shape[2:]
+    volume = data.volume or Volume()
+    shape = (volume.nz or ny, (volume.ny or ny) + 2 * volume.padding, nx)
     truth = None
     if data.truth is not None:
         truth = measured.read_truth(data.truth.path, key=data.truth.key, axes=data.truth.axes, root=data.root,
                                     elements=tuple(elements), shape=shape)
     known = data.sensitivity
     sensitivity = None if known is None else np.array([known[e] for e in elements])
-    return MultiModal(series[0], series[1] if haadf is not None else None, numbers, shape, sensitivity, truth)
+    return MultiModal(chem, haadf[0] if haadf else None, numbers, shape, sensitivity, truth)
 
 
 def _recording(data: Measured, source: Source, count: int | None) -> measured.Recording:

@@ -159,9 +159,7 @@ def _score(run: Run, series: str, source: Mapping[str, Any]) -> Score:
     metrics = source["metrics"] or {}
     elements = (source["elements"] or {}).get(run.metric, {})
     value = metrics.get(run.metric)
-    return Score(
-        series, source["objective"] if value is None else value, metrics, elements, source["iterations"]
-    )
+    return Score(series, source["objective"] if value is None else value, metrics, elements, source["iterations"])
 
 
 def pivot(run: Run) -> list[Panel]:
@@ -251,9 +249,7 @@ def _maps(cell: Cell) -> str:
 
 def gain(run: Run) -> tuple[float, float] | None:
     """Smallest and largest ratio of a fused cell to the best conventional result with the same maps."""
-    best = [
-        (score.value, min(other.value for _, other in others)) for _, score, others in rivals(run) if others
-    ]
+    best = [(score.value, min(other.value for _, other in others)) for _, score, others in rivals(run) if others]
     ratios = [value / rival for value, rival in best if rival > 0]
     return (min(ratios), max(ratios)) if ratios else None
 
@@ -263,16 +259,15 @@ def _gain_text(run: Run) -> str:
     found = gain(run)
     if found is None:
         return ""
-    lines = [f"fused / best conventional with the same maps: {found[0]:.3f} to {found[1]:.3f}"]
+    span = " to ".join(dict.fromkeys(f"{ratio:.3f}" for ratio in found))
+    lines = [f"fused / best conventional with the same maps: {span}"]
     cell, score, others = min((each for each in rivals(run) if each[2]), key=lambda each: each[1].value)
     folds = [name for name in score.metrics if name.startswith(f"{run.metric}_fold_")]
     for other, rival in others if len(folds) > 1 else []:
         apart = [score.metrics[name] - rival.metrics[name] for name in folds if name in rival.metrics]
         words = f"{cell.id} minus {other.id} {rival.series}".rstrip()
         error = stdev(apart) / len(apart) ** 0.5
-        lines.append(
-            f"{words}: {mean(apart):+.4f} ± {error:.4f} (standard error, paired over {len(apart)} folds)"
-        )
+        lines.append(f"{words}: {mean(apart):+.4f} ± {error:.4f} (standard error, paired over {len(apart)} folds)")
     return "\n".join(lines)
 
 
@@ -290,9 +285,7 @@ def _grid_text(run: Run, panel: Panel) -> str:
     rows = [[corner, *(shown(column) or "value" for column in panel.columns)]]
     for value, series in panel.lines:
         name = "  ".join(part for part in (shown(value), series) if part) or "all"
-        rows.append(
-            [name, *(_entry_text(panel.entries.get((value, series, column))) for column in panel.columns)]
-        )
+        rows.append([name, *(_entry_text(panel.entries.get((value, series, column))) for column in panel.columns)])
     return head + "\n" + aligned(rows)
 
 

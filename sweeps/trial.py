@@ -18,6 +18,7 @@ from sweeps.schema import Measured, Phantom
 from sweeps.settings import Sweep, dump, load
 
 Message = dict[str, Any]
+VOLUME_AXES = ("element", "z", "y", "x")
 Score = dict[str, Any]  # {"objective": float | None, "metrics": {...}, "elements": {name: {element: float}}}
 
 
@@ -197,9 +198,11 @@ def _write_volume(message: Message, sweep: Sweep, solution: Solution) -> str:
     group = zarr.open_group(Path(message["folder"]) / name, mode="w", zarr_format=3)
     volume = solution.volume
     group.create_array("volume", data=volume, chunks=(1, *volume.shape[1:]),
-                       dimension_names=("element", "z", "y", "x"))
+                       dimension_names=VOLUME_AXES)
     for field, array in solution.fields.items():
-        group.create_array(f"field_{field}", data=array)
+        names = VOLUME_AXES[-array.ndim:] if array.shape == volume.shape[-array.ndim:] else (
+            f"{field}_{axis}" for axis in range(array.ndim))
+        group.create_array(f"field_{field}", data=array, dimension_names=tuple(names))
     for term, values in solution.history.items():
         group.create_array(f"history_{term}", data=values.astype(np.float64), dimension_names=("iteration",))
     data = prepared(sweep, Path(message["folder"]))

@@ -30,12 +30,8 @@ def evaluate(message):
     data, solver = sweep.data, sweep.solver
     truth = specimen(data.phantom, data.size)
     rng = np.random.default_rng([message["trial"], data.haadf_tilts, data.chem_tilts, data.replicate])
-    off = np.log10(solver.lambda_tv / 0.1) ** 2 + np.log10(solver.lambda_model) ** 2 * (
-        solver.method == "fused"
-    )
-    level = {"fused": 0.2, "chem_tv": 0.5, "ml": 1.0}[solver.method] * (1 + 0.1 * off) + 1 / (
-        data.haadf_tilts + 9
-    )
+    off = np.log10(solver.lambda_tv / 0.1) ** 2 + np.log10(solver.lambda_model) ** 2 * (solver.method == "fused")
+    level = {"fused": 0.2, "chem_tv": 0.5, "ml": 1.0}[solver.method] * (1 + 0.1 * off) + 1 / (data.haadf_tilts + 9)
     volume = (truth + rng.normal(scale=level, size=truth.shape)).astype(np.float32)
     name = f"volumes/{message['cell']}-{message['trial']}-{message['attempt']}.zarr"
     with warnings.catch_warnings():
@@ -129,9 +125,7 @@ def test_table_holds_every_cell_with_its_three_baselines(folder):
 def test_winner_is_the_lowest_searched_objective_and_failed_trials_do_not_count(folder):
     run = tables.read(folder)
     for cell in run.cells:
-        found = [
-            row["objective"] for row in run.rows(cell) if row["kind"] == "search" and row["status"] == "ok"
-        ]
+        found = [row["objective"] for row in run.rows(cell) if row["kind"] == "search" and row["status"] == "ok"]
         assert run.winner(cell)["objective"] == min(found)
         assert len(found) == 4
 
@@ -197,9 +191,7 @@ def test_replicates_are_averaged_and_their_spread_is_told(tmp_path):
     (panel,) = tables.pivot(run)
     found = [tables.scores(run, cell)[0].value for cell in run.cells if cell.coordinates["haadf_tilts"] == 47]
     entry = panel.entries[47, "", ""]
-    assert (entry.value, entry.deviation, entry.count) == pytest.approx(
-        (np.mean(found), np.std(found, ddof=1), 3)
-    )
+    assert (entry.value, entry.deviation, entry.count) == pytest.approx((np.mean(found), np.std(found, ddof=1), 3))
     assert "mean of 3 replicates" in tables.table(run)
     assert [path.name for path in report.write(tmp_path / "run")][:2] == ["index.html", "map.png"]
 
@@ -242,6 +234,18 @@ def test_what_is_no_run_folder_is_answered_by_a_sentence(tmp_path):
     with pytest.raises(RunError, match="is no run folder"):
         report.write(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_report_that_cannot_be_written_is_a_sentence_and_leaves_the_old_one(written, folder, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "map.png")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(RunError, match="map.png: No space left on device; the results are safe"):
+        report.write(folder)
+    assert all(path.exists() for path in written)
+    monkeypatch.undo()
+    assert report.write(folder) == written
 
 
 @pytest.mark.parametrize(
