@@ -177,7 +177,9 @@ def fit_gain(problem: Problem, projected: jax.Array, signal: jax.Array) -> jax.A
     by which factor a the volume should be scaled (weighted least squares, one Newton step of the likelihood), and the
     gain is the one that suits a x: <b, P> / <P, P> / a^gamma.
     """
-    weight = problem.map_weight * problem.map_rays.weight[:, None, None] / (signal + problem.background + 1e-3)
+    expected = signal + problem.background
+    expected += 1e-3 * expected.max((1, 2, 3), keepdims=True)  # in the maps' own unit, whatever it is
+    weight = problem.map_weight * problem.map_rays.weight[:, None, None] / expected
     wanted = problem.maps - problem.background
     factor = (weight * signal * wanted).sum() / jnp.maximum((weight * signal**2).sum(), 1e-20)
     gain = (projected * problem.images).sum() / jnp.maximum((projected**2).sum(), 1e-20)

@@ -241,8 +241,9 @@ def method(cell: Cell, row: Row) -> str:
 
 def last_and_best(row: Row) -> dict[str, float | None]:
     """The objective of a trial at its last iteration, and at the best of its checkpoints."""
-    stops = [stop["objective"] for stop in (row.result or {})["checkpoints"] if stop["objective"] is not None]
-    return {"last": row.objective, "best": min(stops, default=row.objective)}
+    result = row.result or {"checkpoints": [], "iterations": 0}
+    stops = {stop["iterations"]: stop["objective"] for stop in result["checkpoints"] if stop["objective"] is not None}
+    return {"last": stops.get(result["iterations"], row.objective), "best": min(stops.values(), default=row.objective)}
 
 
 def _baselines(table: Table, cell: Cell, rows: Sequence[Row]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine import fused3d, metrics, simulate
 from engine.data import DataError, MultiModal, Solution, TiltSeries
 from engine.phantoms import ELEMENTS, FIELD_NM
 from sweeps import stages
+from sweeps.grid import MAPS_ONLY
 from sweeps.schema import Measured, Phantom
 from sweeps.settings import Sweep, dump, load
 
@@ -57,7 +59,14 @@ def _evaluate(sweep: Sweep, folder: Path) -> tuple[Solution, dict[str, Any]]:
     if sweep.search.objective == "heldout":
         held, stopped = _held_out(sweep, data)
         score = _merged(score, held)
-        stops = {n: _merged(stops[n], stopped[n]) for n in stops.keys() & stopped.keys()}
+        stops = {n: _merged(stops[n], stopped[n]) for n in sorted(stops.keys() & stopped.keys())}
+    if sweep.solver.method in MAPS_ONLY and stops:
+        # ML and SIRT are as good as the iteration they are stopped at: the volume and the score are the best one's.
+        best = min(stops, key=lambda n: stops[n]["objective"])
+        score = {**stops[best], "metrics": {**stops[best]["metrics"], "best_iteration": best}}
+        if best < solution.metrics["iterations"]:
+            early = fused3d.reconstruct(data, replace(solver_settings(sweep), iterations=best))
+            solution = replace(solution, volume=early.volume)
     return solution, {**score, "checkpoints": [{"iterations": n, **stops[n]} for n in sorted(stops)]}
 
 

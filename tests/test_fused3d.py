@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -34,23 +35,34 @@ def terms(problem, x, gain, counts=True):
 # ---- Gradients
 
 
+@partial(jax.jit, static_argnums=3)
+def smooth_terms(problem, x, gain, counts):
+    """The two smooth terms, model and chem."""
+    return terms(problem, x, gain, counts)[:2]
+
+
+@partial(jax.jit, static_argnums=3)
+def slopes(problem, x, gain, counts):
+    """Their gradients as the solvers take them, and as automatic differentiation does."""
+    automatic = jax.jacrev(lambda x: smooth_terms(problem, x, gain, counts))(x)
+    image = descent._image_slope(problem, x, gain) / problem.lambda_model
+    return jnp.stack([image, model.chemistry(problem, x, counts).slope]), automatic
+
+
 @pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.parametrize("gamma", [1.0, 1.6, 2.0])
 def test_both_gradients_agree_with_finite_differences(tiny, gamma, counts):
     problem = problem_of(tiny if counts else as_net_counts(tiny), gamma, lambda_model=7.0)
     rng = np.random.default_rng(1)
     x, gain = jnp.asarray(0.3 + 0.5 * rng.random(tiny.truth.shape), jnp.float32), jnp.float32(0.7)
-    slopes = (descent._image_slope(problem, x, gain) / problem.lambda_model, model.chemistry(problem, x, counts).slope)
-    value = jax.jit(lambda x: terms(problem, x, gain, counts)[:2])
+    own, automatic = (np.asarray(slope, np.float64) for slope in slopes(problem, x, gain, counts))
     for _ in range(4):
-        v = rng.normal(size=x.shape)
-        # A step of 1 %: the rounding of float32 costs as much as the curvature does.
-        ahead, behind = (np.asarray(value(x + h * v.astype(np.float32)), np.float64) for h in (0.01, -0.01))
-        expected = [np.vdot(v, np.asarray(slope, np.float64)) for slope in slopes]
-        np.testing.assert_allclose((ahead - behind) / 0.02, expected, rtol=1e-2)
-    automatic = jax.jit(jax.jacrev(value))(x)
+        v = rng.normal(size=x.shape).astype(np.float32)
+        # Steps of 1 %: the rounding of float32 costs as much as the curvature does.
+        ahead, behind = (np.asarray(smooth_terms(problem, x + h * v, gain, counts), float) for h in (0.01, -0.01))
+        np.testing.assert_allclose((ahead - behind) / 0.02, [np.vdot(v, slope) for slope in own], rtol=1e-2)
     for k in range(2):
-        assert distance(slopes[k], automatic[k]) < 1e-6
+        assert distance(own[k], automatic[k]) < 1e-6
 
 
 def test_held_out_and_padded_tilts_have_no_gradient_and_no_cost(tiny):
@@ -83,7 +95,7 @@ def test_cost_ends_below_every_start(tiny, method, gamma):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lambda_model", [1e-3, 1e-2, 0.1])
+@pytest.mark.parametrize("lambda_model", [1e-3, 0.1])
 def test_convex_case_agrees_with_a_long_descent(lambda_model):
     """gamma = 1 has one minimum: thousands of steps of descent, at the fused solver's own gain, lead there too."""
     problem = problem_of(simulated(16, 9, 5, gamma=1.0), 1.0, lambda_model)
