@@ -34,12 +34,13 @@ Params = dict[str, Any]
 Point = list[float]  # per dimension: position on [0, 1], or the index of a choice
 
 SAME = 1e-9  # points closer than this along every dimension are one point
-# scikit-optimize's own bounds (0.01 to 100, noise up to 1e5 variances) let few points be explained as pure noise
-# or spikes: at 30 trials with 8 in flight the mean regret doubles (tests/bench_optimizer.py's landscape).
+# scikit-optimize's own bounds (0.01 to 100, noise up to 1e5) let a few points be explained as noise or spikes: narrower
+# ones halved the mean regret at 30 trials with 8 in flight (12 landscapes of tests/bench_optimizer.py).
 LENGTHS = (0.1, 3.0)  # of the kernel, in units of a dimension's range
 NOISE = (1e-6, 1e-2)  # variance, in units of the objective's
 CAP = 5.0  # values this many times farther from the best than the median are lowered to that: tails flatten a GP
-CANDIDATES = 2000  # points scored per proposal; 10,000 cost 0.2 s more and find nothing better after L-BFGS
+CANDIDATES = 2000  # points scored per proposal, before L-BFGS
+STARTS = 2  # of L-BFGS, from the best candidates; 5 cost 1.7 times as much and found no more (10 landscapes)
 NOMINEES = 500  # the same for the gains, which need no L-BFGS
 
 
@@ -123,7 +124,11 @@ class Optimizer:
             return [copy.ask(), *copy.space.inverse_transform(np.array(copy.next_xs_))]
 
     def _lies(self, model: Any, waiting: list[Point]) -> list[float]:
-        """Stand-ins for the results of the pending trials, in standardised units."""
+        """Stand-ins for the results of the pending trials, in standardised units: what the model expects there.
+
+        One constant for all (the liar of Ginsbourger et al. 2010) bends the model where nothing was measured: its
+        row in docs/BENCHMARKS.md shows the price. The model's own mean only takes the doubt away.
+        """
         return model.predict(self._real.space.transform(waiting)).tolist() if waiting else []
 
     def _learn(self) -> None:
@@ -146,7 +151,7 @@ class Optimizer:
                                            **options)
         return skopt.Optimizer(
             self._dimensions, process, n_initial_points=n_initial_points, acq_func=self.acquisition,
-            acq_optimizer=method, acq_optimizer_kwargs={"n_points": candidates, "n_restarts_optimizer": 5},
+            acq_optimizer=method, acq_optimizer_kwargs={"n_points": candidates, "n_restarts_optimizer": STARTS},
             model_queue_size=1, random_state=_seed(self.seed, len(self._points), trial))
 
     def _point(self, params: Mapping[str, Any]) -> Point:

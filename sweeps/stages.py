@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -39,9 +40,9 @@ def stage(folder: Path, name: str, inputs: dict[str, Any], make: Callable[[], Ar
     path = folder / "stages" / f"{key(name, inputs)}.npz"
     if path.exists():
         try:
-            with np.load(path) as kept:
+            with path.open("rb") as file, np.load(file) as kept:
                 return dict(kept)
-        except (OSError, ValueError, EOFError, KeyError):
+        except (OSError, ValueError, EOFError, KeyError, BadZipFile):
             path.unlink(missing_ok=True)
     arrays = make()
     path.parent.mkdir(parents=True, exist_ok=True)

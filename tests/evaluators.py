@@ -26,7 +26,8 @@ def landscape(message: Message) -> dict[str, Any]:
         "cell": message["cell"], "trial": message["trial"], "attempt": message["attempt"], "status": "ok",
         "objective": objective, "metrics": {"nrmse": objective, "ssim": math.exp(-objective)},
         "elements": {"nrmse": {"Co": objective, "O": 2 * objective}, "scale_error": {"Co": 0.0, "O": 0.1}},
-        "checkpoints": [{"iterations": n, "objective": objective + 1 / n, "metrics": {}, "elements": {}}
+        "checkpoints": [{"iterations": n, "objective": objective + 1 / n - 1 / solver["iterations"],
+                         "metrics": {}, "elements": {}}
                         for n in solver["record"]],
         "iterations": solver["iterations"], "seconds": 0.004, "worker": "", "volume": None,
     }

@@ -100,7 +100,7 @@ def test_convex_case_agrees_with_a_long_descent(lambda_model):
     """gamma = 1 has one minimum: thousands of steps of descent, at the fused solver's own gain, lead there too."""
     problem = problem_of(simulated(16, 9, 5, gamma=1.0), 1.0, lambda_model)
     state, first = fused3d.start(problem, True)
-    fused = iterate.solve(fused3d._STEPS[True], problem, state, first, 400).state
+    fused = iterate.solve(fused3d._STEPS[True], problem, state, first, 64).state
     state, first = descent.start_descent(problem, True, True)
     rate = state.rate * jnp.minimum(1, (state.gain / fused.gain) ** 2)
     long = iterate.solve(_with_a_fixed_gain, problem, state._replace(gain=fused.gain + 0, rate=rate), first, 2000)
@@ -144,7 +144,7 @@ def test_mirrored_specimen_gives_the_mirrored_result(tiny, axis):
     exact = settings(lambda_tv=0.0)
     assert distance(np.flip(reconstruct(mirrored, exact).volume, axis), reconstruct(tiny, exact).volume) < 1e-4
     # Forward differences prefer a corner of each voxel, so that with TV the mirror holds for the cost of the result.
-    convex = settings(gamma=1.0, iterations=200)
+    convex = settings(gamma=1.0, iterations=64)
     costs = [reconstruct(data, convex).history["total"][-1] for data in (mirrored, tiny)]
     assert costs[0] == pytest.approx(costs[1], rel=2e-3)
 
@@ -207,10 +207,10 @@ def test_unknown_sensitivities_are_fitted(tiny, counts):
     assert metrics.nrmse_elements(solution.volume, tiny.truth).mean() < 0.8
 
 
-@pytest.mark.parametrize("depth", [(12, 20), pytest.param((20, 12), marks=pytest.mark.slow)])
-def test_volumes_need_not_be_as_deep_and_wide_as_the_detector(tiny, depth):
-    solution = reconstruct(replace(tiny, shape=(*depth, 16), truth=None), settings())
-    assert solution.ok and solution.volume.shape == (4, *depth, 16) and np.isfinite(solution.volume).all()
+@pytest.mark.slow
+def test_volumes_need_not_be_as_deep_and_wide_as_the_detector(tiny):
+    solution = reconstruct(replace(tiny, shape=(12, 20, 16), truth=None), settings())
+    assert solution.ok and solution.volume.shape == (4, 12, 20, 16) and np.isfinite(solution.volume).all()
     assert solution.history["total"][-1] < solution.history["total"][0]
 
 
@@ -238,8 +238,7 @@ def test_checkpoints_show_the_way_to_the_solution(tiny, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("counts", [True, False])
-@pytest.mark.parametrize("method", DESCENTS)
+@pytest.mark.parametrize(("method", "counts"), [("fused", False), *((method, True) for method in DESCENTS)])
 def test_every_combination_of_weights_over_eight_decades_is_finite(tiny, method, counts):
     data = tiny if counts else as_net_counts(tiny)
     for lambdas in itertools.product((1e-4, 1, 1e4), repeat=3):
@@ -279,7 +278,7 @@ def test_methods_that_need_images_refuse_data_without(tiny, method):
 
 
 def test_maps_alone_are_reconstructed_by_the_others(tiny):
-    for method in ("chem_tv", "ml", "sirt"):
+    for method in ("chem_tv", "ml"):
         alone = reconstruct(replace(tiny, haadf=None), settings(method=method)).volume
         assert distance(alone, reconstruct(tiny, settings(method=method)).volume) < 1e-5
 
