@@ -110,7 +110,7 @@ def test_the_atlas_says_what_the_journal_says(done):
         assert here.best_lambda_tv == params[best["trial"]]["solver.lambda_tv"]
         assert np.isnan(here.best_lambda_model) == conventional
         assert here.trials_done == (5 if conventional else 4) and here.failed == 0
-        assert (here.baseline_ml == 2.0) == conventional
+        assert bool(np.isclose(here.baseline_ml, 2.0)) == conventional
         assert json.loads(done.summary.read_text())["cells"][cell.id]["objective"] == best["objective"]
     assert data.attrs["name"] == "small" and data.attrs["system"] == "fused3d"
     told = {"objective": "nrmse", "direction": "minimise", "units": "1"}
@@ -222,8 +222,8 @@ def test_checkpoints_are_an_axis_of_the_atlas_and_columns_of_the_table(tmp_path)
     assert data.objective.dims == ("chem_tilts", "iterations")
     assert data.iterations.values.tolist() == [2, 5, 10]
     last = data.objective.sel(iterations=10)
-    assert np.allclose(data.objective.sel(iterations=2), last + 0.5)
-    assert np.allclose(data.objective.sel(iterations=5), last + 0.2)
+    assert np.allclose(data.objective.sel(iterations=2), last + 0.4)
+    assert np.allclose(data.objective.sel(iterations=5), last + 0.1)
     assert data.best_lambda_tv.dims == data.objective.dims and data.trials_done.dims == ("chem_tilts",)
     rows = xarray.open_zarr(tmp_path / "r/atlas.zarr", group="trials", chunks=None)
     assert np.allclose(rows.checkpoint_objective.sel(checkpoint=5), rows.objective + 0.2)
