@@ -180,8 +180,8 @@ def test_no_data_no_weight(tiny):
 @pytest.mark.slow
 def test_clean_data_bring_concentrations():
     data = simulated(24, 31, 9, snr=1e4, haadf_snr=1e6)
-    for lambda_model in (1e-3, 1e-2, 1e-1, 1):
-        solution = reconstruct(data, settings(iterations=200, lambda_model=lambda_model))
+    for lambda_model in (1e-3, 3e-2, 1):
+        solution = reconstruct(data, settings(iterations=128, lambda_model=lambda_model))
         assert np.abs(metrics.scale_error(solution.volume, data.truth)).max() < 0.1
         assert metrics.nrmse_elements(solution.volume, data.truth).mean() < 0.1
 
@@ -191,8 +191,8 @@ def test_fused_beats_what_sees_the_maps_alone(tiny):
         return metrics.nrmse_elements(reconstruct(tiny, settings(**changes)).volume, tiny.truth).mean()
 
     fused = min(error(lambda_tv=tv) for tv in (0.1, 1))
-    alone = min(*(error(method="chem_tv", lambda_tv=tv) for tv in (0.1, 0.3, 1)), error(method="ml"), error(method="sirt"))
-    assert fused < 0.75 * alone
+    rivals = [error(method="chem_tv", lambda_tv=tv) for tv in (0.1, 0.3, 1)]
+    assert fused < 0.75 * min(*rivals, error(method="ml"), error(method="sirt"))
 
 
 @pytest.mark.parametrize("counts", [True, False])
@@ -277,6 +277,7 @@ def test_methods_that_need_images_refuse_data_without(tiny, method):
         reconstruct(replace(tiny, haadf=None), settings(method=method))
 
 
+@pytest.mark.slow
 def test_maps_alone_are_reconstructed_by_the_others(tiny):
     for method in ("chem_tv", "ml"):
         alone = reconstruct(replace(tiny, haadf=None), settings(method=method)).volume

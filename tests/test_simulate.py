@@ -1,5 +1,7 @@
 """Specimens are the same at every size; simulated measurements have the noise and background that they claim."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -95,7 +97,8 @@ def test_maps_are_taken_with_images(haadf, chem):
 
 @pytest.mark.parametrize(("haadf", "chem", "choice"), [(0, 5, "subset"), (5, 9, "subset"), (9, 5, "even")])
 def test_maps_spread_on_their_own(haadf, chem, choice):
-    np.testing.assert_allclose(simulate.chemical_angles((-70, 70), haadf, chem, choice), simulate.spread((-70, 70), chem))
+    maps = simulate.chemical_angles((-70, 70), haadf, chem, choice)
+    np.testing.assert_allclose(maps, simulate.spread((-70, 70), chem))
 
 
 # ---- Noise
@@ -177,6 +180,34 @@ def test_noise_of_flat_and_sloping_images_is_found(sigma):
     images = np.stack([1000.0 + 0 * x, 500 + 20 * x - 7 * y]) + np.random.default_rng(0).normal(0, sigma, (2, 64, 64))
     assert estimate_noise(images) == pytest.approx(sigma, rel=0.05)
     assert estimate_noise(1e3 * images) == pytest.approx(1e3 * estimate_noise(images), rel=1e-6)
+
+
+@cache
+def clean_slab(size, columns):
+    """Noise-free images (element, tilt, y, x) of the middle of `cocuo`."""
+    truth = phantom("cocuo", (size, size, columns), FIELD_NM / size)
+    weight = (np.array(list(ELEMENTS["cocuo"].values())) / 79) ** 1.6
+    scatter = np.tensordot(weight, truth**1.6, 1)[None].astype(np.float32)
+    return simulate.clean_projections(scatter, [-50, 0, 35], size)
+
+
+def noisy_slab(size, columns, snr):
+    """Images (tilt, y, x), and the noise of their brighter half."""
+    clean = clean_slab(size, columns)
+    images = simulate.poisson_series(clean, np.array([snr]), 0.0, np.random.default_rng(0))[0][0]
+    return images, np.sqrt(images[images > np.median(images)].mean(dtype=float))
+
+
+@pytest.mark.parametrize("snr", [300.0, 2208.67])
+def test_noise_of_an_image_is_found_where_it_is_bright(snr):
+    images, noise = noisy_slab(256, 8, snr)
+    assert estimate_noise(images) == pytest.approx(noise, rel=0.2)
+
+
+def test_noise_of_a_coarse_image_is_never_taken_for_less():
+    """Where edges are everywhere they pass for noise: too cautious, by a factor of a few."""
+    images, noise = noisy_slab(48, 48, 2208.67)
+    assert noise < estimate_noise(images) < 5 * noise
 
 
 def test_a_noise_free_image_still_has_a_level():

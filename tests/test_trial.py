@@ -93,8 +93,8 @@ def test_the_same_message_gives_the_same_row(tmp_path):
 
 def test_noise_depends_on_the_data_and_on_nothing_else(tmp_path):
     first = maps(tmp_path)
-    same = [{"solver__lambda_model": 5}, {"solver__method": "chem_tv"}, {"search__trials": 3}, {"solver__iterations": 3},
-            {"output__save": "none"}, {"name": "other"}]
+    same = [{"solver__lambda_model": 5}, {"solver__method": "chem_tv"}, {"solver__iterations": 3},
+            {"search__trials": 3}, {"output__save": "none"}, {"name": "other"}]
     for changes in same:
         np.testing.assert_array_equal(maps(tmp_path, **changes)[0], first[0])
         np.testing.assert_array_equal(maps(tmp_path, **changes)[1], first[1])
@@ -174,8 +174,8 @@ def test_heldout_prefers_the_truth_to_noise(tmp_path, tiny):
 @pytest.fixture
 def measured(tmp_path, tiny):
     """A message about the maps and images of `tiny` in a file, without and with a truth."""
-    np.savez(tmp_path / "series.npz", maps=tiny.chem.projections - tiny.chem.background, images=tiny.haadf.projections[0],
-             truth=tiny.truth, map_angles=tiny.chem.angles, image_angles=tiny.haadf.angles)
+    np.savez(tmp_path / "series.npz", maps=tiny.chem.projections - tiny.chem.background,
+             images=tiny.haadf.projections[0], truth=tiny.truth, map_angles=tiny.chem.angles, image_angles=tiny.haadf.angles)
 
     def make(path="series.npz", **changes):
         data = {
