@@ -175,7 +175,8 @@ def test_heldout_prefers_the_truth_to_noise(tmp_path, tiny):
 def measured(tmp_path, tiny):
     """A message about the maps and images of `tiny` in a file, without and with a truth."""
     np.savez(tmp_path / "series.npz", maps=tiny.chem.projections - tiny.chem.background,
-             images=tiny.haadf.projections[0], truth=tiny.truth, map_angles=tiny.chem.angles, image_angles=tiny.haadf.angles)
+             images=tiny.haadf.projections[0], truth=tiny.truth, map_angles=tiny.chem.angles,
+             image_angles=tiny.haadf.angles)
 
     def make(path="series.npz", **changes):
         data = {
