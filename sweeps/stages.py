@@ -40,7 +40,7 @@ def stage(folder: Path, name: str, inputs: dict[str, Any], make: Callable[[], Ar
     path = folder / "stages" / f"{key(name, inputs)}.npz"
     if path.exists():
         try:
-            with path.open("rb") as file, np.load(file) as kept:
+            with path.open("rb") as opened, np.load(opened) as kept:
                 return dict(kept)
         except (OSError, ValueError, EOFError, KeyError, BadZipFile):
             path.unlink(missing_ok=True)

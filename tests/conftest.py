@@ -9,7 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports JAX, here and in 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """`cocuo` at 16^3 with 9 images and 5 maps at F3's noise: padded to 12 and 8 tilts, and solved in 0.1 s."""
+    """`cocuo` at 16^3 with 9 images and 5 maps at F3's noise: padded to 16 and 8 tilts, and solved in 0.1 s."""
     from tests.specimens import simulated
 
     return simulated(16, 9, 5)

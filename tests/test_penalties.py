@@ -33,7 +33,7 @@ def objective(u, volume, weight, metric, smoothing=0.0):
 def brute_force(volume, weight, metric, floor):
     """The minimiser over u >= floor by a general optimiser, with TV's corner smoothed less and less."""
     u = np.maximum(volume, floor).ravel()
-    for smoothing in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
+    for smoothing in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
         def cost(flat, smoothing=smoothing):
             return objective(flat.reshape(volume.shape), volume, weight, metric, smoothing)
 
@@ -80,8 +80,7 @@ def test_total_variation_of_a_ball_is_its_mean_surface_and_scales():
                                rtol=1e-5)
 
 
-@pytest.mark.parametrize("floor", [0.0, 0.4])
-@pytest.mark.parametrize("weight", [0.1, 0.8])
+@pytest.mark.parametrize(("weight", "floor"), [(0.1, 0.0), (0.4, 0.4), (1.5, 0.0)])
 @pytest.mark.parametrize("seed", range(2))
 def test_prox_agrees_with_brute_force(seed, weight, floor):
     rng = np.random.default_rng(seed)
