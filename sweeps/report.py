@@ -217,7 +217,7 @@ def _caption(run: Run, cell: Cell) -> str:
     method, at = cell.sweep.solver.method, dict(cell.coordinates)
     words = METHODS[method]
     if method in ("ml", "sirt") and (best := run.winner(cell)):
-        words += f", {best['iterations']} iterations"
+        words += f", {best['metrics'].get('best_iteration', best['iterations']):g} iterations"
     parts = []
     if {"haadf_tilts", "chem_tilts"} <= set(at):
         parts.append(f"{at.pop('haadf_tilts')} HAADF, {at.pop('chem_tilts')} chemical tilts")

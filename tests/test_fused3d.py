@@ -96,13 +96,13 @@ def test_cost_ends_below_every_start(tiny, method, gamma):
 @pytest.mark.slow
 @pytest.mark.parametrize("lambda_model", [1e-3, 0.1])
 def test_convex_case_agrees_with_a_long_descent(lambda_model):
-    """gamma = 1 has one minimum: thousands of steps of descent, at the fused solver's own gain, lead there too."""
+    """gamma = 1 has one minimum: a thousand steps of descent, at the fused solver's own gain, lead there too."""
     problem = problem_of(simulated(16, 9, 5, gamma=1.0), 1.0, lambda_model)
     state, first = fused3d.start(problem, True)
     fused = iterate.solve(fused3d._STEPS[True], problem, state, first, 64).state
     state, first = descent.start_descent(problem, True, True)
     rate = state.rate * jnp.minimum(1, (state.gain / fused.gain) ** 2)
-    long = iterate.solve(_with_a_fixed_gain, problem, state._replace(gain=fused.gain + 0, rate=rate), first, 2000)
+    long = iterate.solve(_with_a_fixed_gain, problem, state._replace(gain=fused.gain + 0, rate=rate), first, 1000)
     costs = [float(terms(problem, x, fused.gain)[-1]) for x in (fused.best, long.state.x)]
     assert costs[0] == pytest.approx(float(fused.best_cost), rel=1e-4)
     assert costs[0] == pytest.approx(costs[1], rel=0.01)
@@ -277,10 +277,10 @@ def test_methods_that_need_images_refuse_data_without(tiny, method):
 
 
 @pytest.mark.slow
-def test_maps_alone_are_reconstructed_by_the_others(tiny):
-    for method in ("chem_tv", "ml"):
-        alone = reconstruct(replace(tiny, haadf=None), settings(method=method)).volume
-        assert distance(alone, reconstruct(tiny, settings(method=method)).volume) < 1e-5
+def test_maps_alone_are_reconstructed_as_if_the_images_were_not_there(tiny):
+    chosen = settings(method="chem_tv")
+    alone = reconstruct(replace(tiny, haadf=None), chosen).volume
+    assert distance(alone, reconstruct(tiny, chosen).volume) < 1e-5
 
 
 def test_thirty_trials_compile_once(tiny):

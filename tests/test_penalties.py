@@ -10,6 +10,7 @@ from engine.penalties import Dual, gradient, gradient_adjoint, prox_tv, total_va
 from tests.specimens import distance
 
 _prox = jax.jit(prox_tv)
+SHAPE = (6, 6, 6)  # one program for most laws
 
 
 def prox(volume, weight, metric=1.0, steps=3000, floor=0.0, dual=None):
@@ -94,7 +95,7 @@ def test_prox_agrees_with_brute_force(seed, weight, floor):
 
 @pytest.mark.parametrize("size", [1e-3, 1e-1, 1])
 def test_no_perturbation_improves_the_prox(size):
-    volume, metric, weight = normal((5, 4, 6), 1), 0.2 + np.random.default_rng(2).random((5, 4, 6)), 0.3
+    volume, metric, weight = normal(SHAPE, 1), 0.2 + np.random.default_rng(2).random(SHAPE), 0.3
     u = np.asarray(prox(volume, weight, metric)[0], np.float64)
     least = objective(u, volume, weight, metric)
     for seed in range(200):
@@ -103,7 +104,7 @@ def test_no_perturbation_improves_the_prox(size):
 
 
 def test_prox_is_non_expansive_in_its_metric():
-    metric = 10.0 ** np.random.default_rng(3).uniform(-1, 1, (5, 6, 4))
+    metric = 10.0 ** np.random.default_rng(3).uniform(-1, 1, SHAPE)
     for seed in range(5):
         a, b = normal(metric.shape, seed), normal(metric.shape, seed + 100)
         moved = np.asarray(prox(a, 0.4, metric)[0] - prox(b, 0.4, metric)[0])
@@ -111,28 +112,28 @@ def test_prox_is_non_expansive_in_its_metric():
 
 
 def test_constant_volumes_stay():
-    volume = np.full((4, 5, 3), 0.7, np.float32)
+    volume = np.full(SHAPE, 0.7, np.float32)
     np.testing.assert_allclose(prox(volume, 10.0, 2.0, steps=50)[0], volume, rtol=1e-6)
     np.testing.assert_allclose(prox(-volume, 10.0, 2.0, steps=50)[0], 0 * volume)
 
 
 def test_weight_zero_is_the_projection_onto_the_bound():
-    volume = normal((4, 5, 3), 4).astype(np.float32)
+    volume = normal(SHAPE, 4).astype(np.float32)
     dual = Dual(*(jnp.asarray(normal(volume.shape, k), jnp.float32) for k in range(3)))
     np.testing.assert_array_equal(prox(volume, 0.0, 0.5, floor=0.1, dual=dual)[0], np.maximum(volume, np.float32(0.1)))
 
 
 def test_huge_weight_gives_the_mean_in_the_metric():
-    volume = np.stack([normal((4, 4, 4), 5) + 2, normal((4, 4, 4), 6) + 5])
+    volume = np.stack([normal(SHAPE, k) + k for k in (2, 5, 7)])
     metric = 0.5 + np.random.default_rng(7).random(volume.shape)
     u = np.asarray(prox(volume, 1e3, metric)[0])
     mean = (volume / metric).sum((1, 2, 3)) / (1 / metric).sum((1, 2, 3))
-    for element in range(2):
+    for element in range(3):
         np.testing.assert_allclose(u[element], mean[element], rtol=1e-3)
 
 
 def test_warm_dual_gives_the_same_answer_in_few_steps():
-    volume, metric = normal((8, 8, 8), 8) + 1, 0.5 + np.random.default_rng(9).random((8, 8, 8))
+    volume, metric = normal(SHAPE, 8) + 1, 0.5 + np.random.default_rng(9).random(SHAPE)
     converged, dual = prox(volume, 0.5, metric)
     assert distance(prox(volume, 0.5, metric, steps=2, dual=dual)[0], converged) < 1e-4
     assert distance(prox(volume, 0.5, metric, steps=2)[0], converged) > 1e-2
@@ -144,7 +145,7 @@ def test_warm_dual_gives_the_same_answer_in_few_steps():
 
 
 def test_more_steps_come_closer():
-    volume = normal((8, 8, 8), 11) + 1
+    volume = normal(SHAPE, 11) + 1
     end = prox(volume, 1.0)[0]
     errors = [distance(prox(volume, 1.0, steps=n)[0], end) for n in (1, 4, 16, 64, 256)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-2
@@ -152,24 +153,24 @@ def test_more_steps_come_closer():
 
 @pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0), (0, 2, 1)])
 def test_no_axis_is_preferred(order):
-    volume, metric = normal((5, 6, 4), 12), 0.5 + np.random.default_rng(13).random((5, 6, 4))
+    volume, metric = normal(SHAPE, 12), 0.5 + np.random.default_rng(13).random(SHAPE)
     turned = prox(volume.transpose(order), 0.4, metric.transpose(order))[0]
     np.testing.assert_allclose(turned, prox(volume, 0.4, metric)[0].transpose(order), atol=1e-4)
 
 
 def test_scaling_the_problem_scales_the_answer():
     """Volume, and weight times metric, in another unit: the answer is in that unit."""
-    volume = normal((5, 5, 5), 14) + 0.5
+    volume = normal(SHAPE, 14) + 0.5
     np.testing.assert_allclose(prox(1e3 * volume, 0.3, 1e3)[0], 1e3 * prox(volume, 0.3, 1.0)[0], atol=0.1)
 
 
 def test_dual_stays_within_its_weight():
-    dual = prox(normal((6, 6, 6), 15), 0.2, 1.5, steps=7)[1]
+    dual = prox(normal(SHAPE, 15), 0.2, 1.5, steps=7)[1]
     assert float(jnp.sqrt(dual.z**2 + dual.y**2 + dual.x**2).max()) <= 0.2 * (1 + 1e-5)
 
 
 def test_elements_are_independent():
-    volume, metric = normal((3, 4, 5, 4), 16), 0.5 + np.random.default_rng(17).random((3, 4, 5, 4))
+    volume, metric = normal((3, *SHAPE), 16), 0.5 + np.random.default_rng(17).random((3, *SHAPE))
     together = prox(volume, 0.3, metric)[0]
     for e in range(3):
         np.testing.assert_allclose(together[e], prox(volume[e], 0.3, metric[e])[0], atol=1e-6)
