@@ -159,6 +159,8 @@ def check(
     folder = out or Path("runs") / sweep.name
     refused = list(plan.refusals(planned, available, where, folder))
     print(plan.text(planned, available, where, folder))
+    for warning in plan.warnings(planned):
+        print(warning, file=sys.stderr)
     if refused:
         raise RunError("\n".join(refused))
 

@@ -193,6 +193,14 @@ def memory_here(workers: int) -> tuple[int, str]:
     ), f"in this machine's memory for each of {workers} workers" if workers > 1 else "in memory"
 
 
+def warnings(plan: Plan) -> Iterator[str]:
+    """What a user should know before the sweep runs, though it can."""
+    data = plan.sweep.data
+    if isinstance(data, Measured) and data.chem.units != "counts":
+        yield (f"warning: {plan.sweep.where('data.chem.units')}: maps in {data.chem.units} are compared by least "
+               "squares, with one noise level per element; give counts and their background for Poisson statistics")
+
+
 def refusals(plan: Plan, available: int, where: str, folder: Path) -> Iterator[str]:
     """Why the sweep cannot run, with the arithmetic. available: bytes for one trial, 0 where unknown."""
     worst = plan.largest

@@ -52,9 +52,12 @@ def _coordinate(
     devices.coordinator()
     cells = grid.cells(sweep)
     check_cell(cells, again)
-    refused = list(plan.refusals(plan.plan(sweep), *memory, folder.path))
+    planned = plan.plan(sweep)
+    refused = list(plan.refusals(planned, *memory, folder.path))
     if refused:
         raise RunError("\n".join(refused))
+    for warning in plan.warnings(planned):
+        print(warning, file=sys.stderr)
     with signals() as stop, progress.observer(sys.stdout) as watch:
         summary = coordinator.run(sweep, cells, crew, folder, watch, stop, again)
     print(f"\n{report.table(folder.path)}\n")

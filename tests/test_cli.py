@@ -146,6 +146,8 @@ def test_check_opens_measured_files_and_tells_their_shapes():
     code, out, _ = told("check", "idp", "--set", f"data.root={data}")
     assert code == 0
     assert "16 projections from -40 to 35 degrees, 256 x 256 pixels" in out
+    code, _, said = told("check", "idp", "--set", f"data.root={data}", "--set", "data.chem.units=net_counts")
+    assert code == 0 and said.startswith("warning: --set data.chem.units=net_counts") and "least squares" in said
 
 
 def test_plan_counts_solves_of_folds_and_bytes_of_volumes():
