@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from engine import model
 from engine.iterate import settled
-from engine.model import GAIN_EVERY, GAIN_STEPS, Problem
+from engine.model import GAIN_EVERY, Problem
 from engine.penalties import Dual, prox_tv, total_variation, zero_dual
 from engine.projector import backproject, project
 
@@ -80,8 +80,10 @@ def step_descent(problem: Problem, state: State, iteration: jax.Array, *, counts
         push = jnp.where(rising, 0.0, (state.momentum - 1) / t)
     gain = state.gain
     if fused:
-        # The gain is refitted as in the fused solver, so that all methods minimise the same cost.
-        refit = (iteration < GAIN_STEPS) & (iteration % GAIN_EVERY == GAIN_EVERY - 1)
+        # After 5, 10, 20, 40, ... iterations: these methods settle late, and a gain frozen early is 1.3 to 1.5 times
+        # the true one.
+        fives, rest = jnp.divmod(iteration + 1, GAIN_EVERY)
+        refit = (rest == 0) & (fives & (fives - 1) == 0)
         gain = jax.lax.cond(refit, lambda: _gain(problem, new, counts), lambda: gain)
     change = jnp.sqrt(((new - state.x) ** 2).sum() / jnp.maximum((state.x**2).sum(), 1e-20))
     ahead = jnp.maximum(new + push * (new - state.x), model.FLOOR)

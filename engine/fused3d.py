@@ -98,6 +98,8 @@ def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[i
     metrics = {"iterations": outcome.iterations,
                **{f"sensitivity_{e}": float(s) for e, s in zip(data.chem.elements, sensitivity)}}
     if settings.method == "fused":
+        # The volume is the one of least cost, not always the last: this is its own.
+        metrics["cost"] = float(outcome.state.best_cost)
         metrics["rho"], metrics["caution"] = float(outcome.state.rho), float(outcome.state.caution)
     history = {name: outcome.history[:, k] for k, name in enumerate(TERMS)}
     return Solution(volume, history, outcome.status, ok, metrics)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from engine.data import DataError, MultiModal, TiltSeries, even_subset
 from engine.projector import bucket, geometry, project
-
-_project = jax.jit(project, static_argnums=2)
 
 
 def spread(tilt_range: tuple[float, float], count: int) -> np.ndarray:
@@ -30,7 +27,7 @@ def chemical_angles(tilt_range: tuple[float, float], haadf: int, chem: int, choi
 def clean_projections(volume: np.ndarray, angles: np.ndarray, pixels: int) -> np.ndarray:
     """Line integrals (element, tilt, y, x), in voxel lengths, of (element, z, y, x) at angles [deg]."""
     rays = geometry(angles, bucket(len(angles)))
-    return np.stack([np.asarray(_project(jnp.asarray(v), rays, pixels))[:len(angles)] for v in volume])
+    return np.stack([np.asarray(project(jnp.asarray(v), rays, pixels))[:len(angles)] for v in volume])
 
 
 def poisson_series(clean: np.ndarray, snr: np.ndarray, background: float,

@@ -17,7 +17,7 @@ from engine.phantoms import ELEMENTS, FIELD_NM
 from sweeps import stages
 from sweeps.grid import MAPS_ONLY
 from sweeps.schema import Measured, Phantom
-from sweeps.settings import Sweep, dump, load
+from sweeps.settings import SettingsError, Sweep, dump, load
 
 Message = dict[str, Any]
 VOLUME_AXES = ("element", "z", "y", "x")
@@ -42,7 +42,7 @@ def run(message: Message) -> dict[str, Any]:
             result |= {"status": solution.status, "objective": None}
         elif sweep.output.save != "none":
             result["volume"] = _write_volume(message, sweep, solution)
-    except DataError as error:
+    except (DataError, SettingsError) as error:
         result["status"] = str(error)
     result["seconds"] = time.perf_counter() - begun
     return result
@@ -60,9 +60,10 @@ def _evaluate(sweep: Sweep, folder: Path) -> tuple[Solution, dict[str, Any]]:
         held, stopped = _held_out(sweep, data)
         score = _merged(score, held)
         stops = {n: _merged(stops[n], stopped[n]) for n in sorted(stops.keys() & stopped.keys())}
-    if sweep.solver.method in MAPS_ONLY and stops:
+    scored = [n for n in stops if stops[n]["objective"] is not None]
+    if sweep.solver.method in MAPS_ONLY and scored:
         # ML and SIRT are as good as the iteration they are stopped at: the volume and the score are the best one's.
-        best = min(stops, key=lambda n: stops[n]["objective"])
+        best = min(scored, key=lambda n: stops[n]["objective"])
         score = {**stops[best], "metrics": {**stops[best]["metrics"], "best_iteration": best}}
         if best < solution.metrics["iterations"]:
             early = fused3d.reconstruct(data, replace(solver_settings(sweep), iterations=best))

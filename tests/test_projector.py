@@ -107,7 +107,8 @@ def test_padded_tilts_are_zero_and_change_nothing():
     np.testing.assert_allclose(backproject(filled, rays, *SHAPE[:2]), short, rtol=1e-6)
 
 
-def test_buckets_hold_their_tilts_and_waste_little():
+def test_buckets_are_few_and_hold_their_tilts_and_waste_little():
+    assert len({bucket(tilts) for tilts in range(1, 73)}) <= 10  # the whole range of F3's Fig. 4
     for tilts in range(1, 400):
         assert bucket(tilts) >= tilts and bucket(bucket(tilts)) == bucket(tilts)
         assert bucket(tilts) - tilts <= max(7, tilts / 2)

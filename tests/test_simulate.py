@@ -8,7 +8,6 @@ import pytest
 from engine import simulate
 from engine.data import DataError, estimate_noise
 from engine.phantoms import ELEMENTS, FIELD_NM, phantom, specimen
-from engine.projector import bucket
 from tests.specimens import distance, simulated
 
 NAMES = ("cocuo", "conio")
@@ -165,10 +164,6 @@ def test_seeds_reproduce_and_others_differ():
 def test_an_empty_list_of_images_gives_maps_alone():
     data = simulated(12, 0, 3)
     assert data.haadf is None and data.chem.tilts == 3
-
-
-def test_tilts_are_padded_to_few_lengths():
-    assert [bucket(n) for n in (3, 5, 9, 13, 47)] == [4, 8, 12, 16, 48]
 
 
 # ---- The estimate of the noise, for images that come without one
