@@ -21,8 +21,8 @@ from engine.losses import least_squares, poisson, poisson_curvature
 from engine.penalties import total_variation
 from engine.projector import Geometry, backproject, bucket, geometry, project
 
-# The gain is refitted every 5 iterations; the fused solver freezes it after 25, since a cost that keeps moving could not
-# be compared with its own past.
+# The gain is refitted every 5 iterations; the fused solver freezes it after 25, since a cost that keeps moving could
+# not be compared with its own past.
 GAIN_STEPS, GAIN_EVERY = 25, 5
 # A voxel at 0 has no HAADF gradient for gamma > 1 and would never hear that term again: solvers keep this floor.
 FLOOR = 1e-4
