@@ -59,7 +59,10 @@ def stage(folder: Path, name: str, inputs: dict[str, Any], make: Callable[[], Ar
 def truth(folder: Path, data: Phantom) -> np.ndarray:
     """The concentrations (element, z, y, x) of a simulated specimen."""
     inputs = {"phantom": data.phantom, "size": data.size}
-    make = lambda: {"volume": phantom(data.phantom, (data.size,) * 3, FIELD_NM / data.size)}  # noqa: E731
+
+    def make() -> Arrays:
+        return {"volume": phantom(data.phantom, (data.size,) * 3, FIELD_NM / data.size)}
+
     return stage(folder, "truth", inputs, make)["volume"]
 
 
