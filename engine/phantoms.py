@@ -18,8 +18,9 @@ ELEMENTS: dict[str, dict[str, int]] = {
     "conio": {"Co": 27, "Ni": 28, "O": 8},
 }
 SUBSAMPLES = 4  # per axis and voxel: coverage in steps of 1/64, finer than any noise here
-# cocuo: of twelve seeds tried, the one hardest for conventional tomography, nearest to F3's 1.30: Poisson ML at F3's
-# SNRs has NRMSE 1.18 after 100 iterations at 48 voxels (the others 1.14-1.17), 1.20 at 64. conio: the first tried.
+# cocuo: the hardest of thirteen seeds for conventional tomography, taken for that reason: Poisson ML at F3's SNRs has
+# NRMSE 1.18 after 100 iterations at 48 voxels (eleven others there: 1.14-1.17) and 1.20 at 64, where F3 has 1.30
+# and the first seed tried, 20240, ended at 1.19. conio: the first tried.
 _SEEDS = {"cocuo": 5, "conio": 20241}
 
 
