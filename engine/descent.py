@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from engine import model
+from engine import model, sharding
 from engine.iterate import settled
 from engine.model import GAIN_EVERY, Problem
 from engine.penalties import Dual, prox_tv, total_variation, zero_dual
@@ -37,10 +38,9 @@ class State(NamedTuple):
 
 def solver(method: str, counts: bool) -> tuple[Callable, Callable, Callable]:
     """(start, step, volume of a state) of a method; the same objects each time, so that nothing compiles twice."""
-    return _START[method], _STEP[method, counts], _volume
+    return _START[method, counts], _STEP[method, counts], _volume
 
 
-@partial(jax.jit, static_argnames=("counts", "fused"))
 def start_descent(problem: Problem, counts: bool, fused: bool) -> tuple[State, jax.Array]:
     """The EM start, and one step size: 1 / L for the two smooth terms, L by power iteration.
 
@@ -71,7 +71,7 @@ def step_descent(problem: Problem, state: State, iteration: jax.Array, *, counts
         slope += _image_slope(problem, y, state.gain)
     dual = zero_dual(y) if cold else state.tv_dual
     new, dual = prox_tv(y - state.rate * slope, problem.lambda_tv, state.rate, dual,
-                        PAPER_INNER if cold else problem.inner, model.FLOOR)
+                        PAPER_INNER if cold else problem.inner, model.FLOOR, problem.planes)
     terms = _cost(problem, new, state.gain, counts, fused)
     t, push = jnp.float32(1), jnp.float32(0)
     if momentum:
@@ -85,15 +85,17 @@ def step_descent(problem: Problem, state: State, iteration: jax.Array, *, counts
         fives, rest = jnp.divmod(iteration + 1, GAIN_EVERY)
         refit = (rest == 0) & (fives & (fives - 1) == 0)
         gain = jax.lax.cond(refit, lambda: _gain(problem, new, counts), lambda: gain)
-    change = jnp.sqrt(((new - state.x) ** 2).sum() / jnp.maximum((state.x**2).sum(), 1e-20))
+    change = sharding.relative_change(new, state.x)
     ahead = jnp.maximum(new + push * (new - state.x), model.FLOOR)
     return State(new, ahead, dual, t, gain, state.rate, terms[-1]), terms, change
 
 
-@partial(jax.jit, static_argnames=("counts",))
 def start_simple(problem: Problem, counts: bool) -> tuple[State, jax.Array]:
     """A flat start for ML and SIRT."""
-    x = jnp.ones_like(problem.start) * problem.start.mean((1, 2, 3), keepdims=True)
+    exist = sharding.present(problem.planes, problem.start.shape[-1])
+    voxels = float(np.prod(problem.start.shape[1:3])) * problem.planes
+    mean = sharding.total((problem.start * exist).sum((1, 2, 3), keepdims=True)) / voxels
+    x = jnp.ones_like(problem.start) * mean * exist
     terms = _likelihood(problem, x, counts)
     one, seen = jnp.float32(1), model.seen(problem)
     return settled(State(x, one, Dual(one, one, one), one, one, seen, terms[-1])), terms
@@ -115,14 +117,14 @@ def step_sirt(problem: Problem, state: State, iteration: jax.Array, *,
     path = project(jnp.ones_like(state.x[:1]), problem.map_rays, pixels)
     wanted = (problem.maps - problem.background) / problem.sensitivity
     error = wanted - project(state.x, problem.map_rays, pixels)
-    error *= problem.map_rays.weight[:, None, None] / jnp.maximum(path, 1e-3)
+    error *= model.map_seen(problem) / jnp.maximum(path, 1e-3)
     new = jnp.maximum(state.x + backproject(error, problem.map_rays, *shape) / jnp.maximum(state.rate, 1e-3), 0)
     return _simple(problem, state, new, counts)
 
 
 def _simple(problem: Problem, state: State, new: jax.Array, counts: bool) -> tuple[State, jax.Array, jax.Array]:
     terms = _likelihood(problem, new, counts)
-    change = jnp.sqrt(((new - state.x) ** 2).sum() / jnp.maximum((state.x**2).sum(), 1e-20))
+    change = sharding.relative_change(new, state.x)
     return state._replace(x=new, cost=terms[-1]), terms, change
 
 
@@ -135,7 +137,7 @@ def _cost(problem: Problem, x: jax.Array, gain: jax.Array, counts: bool, fused: 
 def _likelihood(problem: Problem, x: jax.Array, counts: bool) -> jax.Array:
     """ML and SIRT know no weights: their cost is the chemical term alone."""
     chem = model.chemistry_value(problem, x, counts)
-    return jnp.stack([jnp.float32(0), chem, total_variation(x).sum(), chem])
+    return jnp.stack([jnp.float32(0), chem, total_variation(x, problem.planes).sum(), chem])
 
 
 def _projected(problem: Problem, x: jax.Array) -> jax.Array:
@@ -144,7 +146,7 @@ def _projected(problem: Problem, x: jax.Array) -> jax.Array:
 
 def _image_slope(problem: Problem, x: jax.Array, gain: jax.Array) -> jax.Array:
     """lambda_model times the gradient of the HAADF term (F3 Eq. 2, with its sign put right)."""
-    error = problem.image_rays.weight[:, None, None] * (_projected(problem, x) - problem.images / gain)
+    error = model.image_seen(problem) * (_projected(problem, x) - problem.images / gain)
     back = model.backproject_images(problem, error)
     return model.image_precision(problem, gain) * model.scattering_slope(problem, x) * back
 
@@ -156,8 +158,8 @@ def _gain(problem: Problem, x: jax.Array, counts: bool) -> jax.Array:
 def _lipschitz(problem: Problem, x: jax.Array, gain: jax.Array, signal: jax.Array, counts: bool) -> jax.Array:
     """The largest eigenvalue of the Gauss-Newton Hessian of both smooth terms at x, by power iteration."""
     slope = model.scattering_slope(problem, x)
-    seen = problem.image_rays.weight[:, None, None]
-    weight = model.map_precision(problem, signal + problem.background, counts) * problem.map_rays.weight[:, None, None]
+    seen = model.image_seen(problem)
+    weight = model.map_precision(problem, signal + problem.background, counts) * model.map_seen(problem)
 
     def hessian(v: jax.Array) -> jax.Array:
         images = seen * model.project_images(problem, (slope * v).sum(0))
@@ -168,9 +170,12 @@ def _lipschitz(problem: Problem, x: jax.Array, gain: jax.Array, signal: jax.Arra
 
     def power(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         v = hessian(state[0] / state[1])
-        return v, jnp.maximum(jnp.linalg.norm(v), 1e-30)
+        return v, jnp.maximum(norm(v), 1e-30)
 
-    return jax.lax.fori_loop(0, _POWER_STEPS, power, (slope, jnp.linalg.norm(slope)))[1]
+    def norm(v: jax.Array) -> jax.Array:
+        return jnp.sqrt(sharding.total((v**2).sum()))
+
+    return jax.lax.fori_loop(0, _POWER_STEPS, power, (slope, norm(slope)))[1]
 
 
 def _volume(state: State) -> jax.Array:
@@ -182,8 +187,9 @@ _DESCENTS: dict[str, dict[str, Any]] = {
     "fista": {"fused": True, "momentum": True, "cold": True},
     "chem_tv": {"fused": False, "momentum": True, "cold": False},
 }
-_START: dict[str, Callable] = {name: partial(start_descent, fused=kind["fused"]) for name, kind in _DESCENTS.items()}
-_START |= {"ml": start_simple, "sirt": start_simple}
+_START = {(name, counts): partial(start_descent, counts=counts, fused=kind["fused"])
+          for name, kind in _DESCENTS.items() for counts in (True, False)}
+_START |= {(name, counts): partial(start_simple, counts=counts) for name in ("ml", "sirt") for counts in (True, False)}
 _STEP = {(name, counts): partial(step_descent, counts=counts, **kind)
          for name, kind in _DESCENTS.items() for counts in (True, False)}
 _STEP |= {(name, counts): partial(step, counts=counts)

@@ -4,9 +4,16 @@
                          + lambda_chem sum_i KL(b_i, s_i A_c x_i + background_i) + lambda_tv sum_i TV(x_i)      (Eq. 1)
 
 HAADF is precise: its natural weight is far above what gradient descent digests in a hundred steps. `fused` therefore
-splits the HAADF residual off into a dual variable q and steps it in the metric of the ramp filter, which undoes the
-1/|k| of A_h' A_h; the volume steps in a diagonal metric that knows both terms' curvature. `plain` is the paper's own
-algorithm; `fista`, `chem_tv`, `ml` and `sirt` are what it is compared with.
+splits both data terms off into dual variables, p for the images and q for the maps, and steps them in the metric of the
+ramp filter, which undoes the 1/|k| of A' A:
+
+    p <- the dual step of lambda_model |. - b_H|^2 / 2 in the metric rho R,           R = ramp / norm(A' ramp A)
+    q <- the same for lambda_chem KL, linearised, in c W^1/2 R W^1/2,                 W = its curvature per pixel
+    x <- argmin of <S' A_h' p + s A_c' q, x> + lambda_tv TV(x) + |x - x before|^2 / 2 in the metric H + rho S' S''
+
+HAADF sees one combination of the elements per voxel, S'; the exact rank-one block leaves all others free to move, where
+its diagonal bound would hold them back as well. Both parts grow with the iterations, so that the split settles.
+`plain` is the paper's own algorithm; `fista`, `chem_tv`, `ml` and `sirt` are what it is compared with.
 """
 
 from __future__ import annotations
@@ -14,27 +21,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import descent, model
+from engine import descent, model, sharding
 from engine.data import DataError, MultiModal, Solution
 from engine.iterate import settled, solve
-from engine.model import GAIN_EVERY, GAIN_STEPS, Problem
-from engine.penalties import Dual, prox_tv, zero_dual
-from engine.projector import backproject, bucket, geometry, project
+from engine.model import GAIN_STEPS, Problem
+from engine.penalties import Dual, gradient_adjoint, prox_tv, zero_dual
+from engine.projector import Geometry, backproject, bucket, geometry, project
 
 Method = Literal["fused", "chem_tv", "ml", "sirt", "plain", "fista"]
 TERMS = ("model", "chem", "tv", "total")
 
-RELAX = 1.5  # over-relaxation of the primal step; 1.9 diverges
-BALANCE_DECAY = 0.93  # rho may change by a factor 2 in iteration 0 and by 2^(0.93^k) in iteration k
-RHO_START = 0.01  # of the ratio of the two terms' curvatures: small, since too large a rho lands in a worse minimum
+# rho: a share of the ratio of the two terms' curvatures, but never more than lets the images' dual step so far of its own
+# curvature at the highest frequency. The first binds at F3's doses, the second at ten times them and above.
+RHO, CAP = 1.0, 0.03
+SHARE = 0.25  # of the maps' curvature bound that their metric takes; below 0.2 the volume outruns four TV steps
+GROWTH, GROWN = 0.1, 6.0  # both metrics grow by this share of its first value per iteration, up to so many
+MEMORY = 0.2  # weight of an iteration in the mean change that ends a solve
 RETREAT = 4.0  # a cost this many times the best one is a step that went wrong
-SWING, SLOWER = 1.01, 1.1  # while the cost swings this far above the best, each step is shorter than the last
+TRUST = 0.95  # by which caution fades in each iteration
 
 
 @dataclass(frozen=True)
@@ -49,26 +59,37 @@ class Settings:
     lambda_model: float = 1.0
     lambda_chem: float = 1.0
     lambda_tv: float = 0.1
-    tolerance: float = 0.0
+    tolerance: float = 1e-3
+    devices: int = 1
+
+
+class Metric(NamedTuple):
+    """What a solve measures its steps in: H of the volume, R of the images' dual and c R of the maps', by frequency."""
+
+    volume: jax.Array  # (element, z, y, x)
+    images: jax.Array  # (y + 1,)
+    maps: jax.Array  # (y + 1,)
+    rho: jax.Array
 
 
 class State(NamedTuple):
-    """Between two iterations: x and what was computed at x, the duals, the split's weight, the best so far."""
+    """Between two iterations: x and its projections, the duals, the best so far, and how cautious steps have to be."""
 
     x: jax.Array
     projected: jax.Array  # A_h S(x), and of the x before
     projected_before: jax.Array
-    residual: jax.Array  # q, the dual of the HAADF residual
-    slope: jax.Array  # of the chemical term at x
+    signal: jax.Array  # s A_c x, and of the x before
+    signal_before: jax.Array
+    image_dual: jax.Array
+    map_dual: jax.Array
     tv_dual: Dual
-    rho: jax.Array
     gain: jax.Array
-    caution: jax.Array  # divides the step; doubled when a step went wrong
+    caution: jax.Array  # factor of the volume's metric; doubled when a step went wrong
+    drift: jax.Array  # the mean relative change of the last iterations
     retreat: jax.Array  # whether the last step went wrong, so that the next goes back to the best volume
     best: jax.Array
     best_cost: jax.Array
-    metric: jax.Array  # curvature of the chemical term
-    ramp_norm: jax.Array
+    metric: Metric
 
 
 def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[int] = (),
@@ -82,27 +103,44 @@ def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[i
     """
     if settings.method in ("fused", "plain", "fista") and data.haadf is None:
         raise DataError(f"method {settings.method} needs HAADF images; without them use chem_tv, ml or sirt")
+    slabs = _slabs(settings.devices, data.shape[2])
     problem = model.build(data, gamma=settings.gamma, lambda_model=settings.lambda_model,
                           lambda_chem=settings.lambda_chem, lambda_tv=settings.lambda_tv, weights=settings.weights,
-                          inner=settings.inner, held_out=held_out)
+                          inner=settings.inner, held_out=held_out, devices=slabs)
     counts = data.chem.units == "counts"
-    fused: tuple[Callable, Callable, Callable] = (start, _STEPS[counts], best_volume)
+    fused: tuple[Callable, Callable, Callable] = (_START[counts], _STEP[counts], best_volume)
     begin, advance, extract = fused if settings.method == "fused" else descent.solver(settings.method, counts)
-    state, terms = begin(problem, counts)
-    watch = None if observe is None else (lambda n, s: observe(n, np.asarray(extract(s))))
-    outcome = solve(advance, problem, state, terms, settings.iterations, tolerance=settings.tolerance,
-                    checkpoints=checkpoints, observe=watch)
-    volume = np.asarray(extract(outcome.state))
+
+    def volume_of(state: Any) -> np.ndarray:
+        return sharding.join(extract(state), slabs, data.shape[2])
+
+    # The short steps of the others are no sign that they have arrived.
+    tolerance = settings.tolerance if settings.method == "fused" else 0.0
+    outcome = solve(advance, problem, sharding.spread(begin, slabs)(problem), settings.iterations, devices=slabs,
+                    tolerance=tolerance, checkpoints=checkpoints,
+                    observe=None if observe is None else lambda n, s: observe(n, volume_of(s)))
+    volume = volume_of(outcome.state)
     ok = outcome.ok and bool(np.isfinite(volume).all())
-    sensitivity = np.asarray(problem.sensitivity).ravel()
+    sensitivity = np.asarray(sharding.one(problem.sensitivity, slabs)).ravel()
     metrics = {"iterations": outcome.iterations,
                **{f"sensitivity_{e}": float(s) for e, s in zip(data.chem.elements, sensitivity)}}
     if settings.method == "fused":
         # The volume is the one of least cost, not always the last: this is its own.
-        metrics["cost"] = float(outcome.state.best_cost)
-        metrics["rho"], metrics["caution"] = float(outcome.state.rho), float(outcome.state.caution)
+        cost, caution = sharding.one((outcome.state.best_cost, outcome.state.caution), slabs)
+        metrics |= {"cost": float(cost), "caution": float(caution)}
     history = {name: outcome.history[:, k] for k, name in enumerate(TERMS)}
     return Solution(volume, history, outcome.status, ok, metrics)
+
+
+def _slabs(devices: int, planes: int) -> int:
+    """How many slabs to make of a volume; DataError where there are not enough devices or planes."""
+    here = jax.local_device_count()
+    if devices > here:
+        raise DataError(f"solver.devices is {devices}, and JAX sees {here} here: lower it; on a CPU, set XLA_FLAGS="
+                        f"--xla_force_host_platform_device_count={devices} and NPROC=16 before JAX starts")
+    if devices > 1 and planes < 2 * devices:
+        raise DataError(f"solver.devices is {devices}, too many for {planes} planes along x: each needs two or more")
+    return devices
 
 
 def best_volume(state: State) -> jax.Array:
@@ -117,107 +155,157 @@ def predict(data: MultiModal, volume: np.ndarray, sensitivity: np.ndarray) -> np
     return clean[:, :data.chem.tilts] * np.asarray(sensitivity)[:, None, None, None] + data.chem.background
 
 
-@partial(jax.jit, static_argnames=("counts",))
 def start(problem: Problem, counts: bool) -> tuple[State, jax.Array]:
     """The state before the first iteration, and its cost."""
     x = problem.start
     projected = model.project_images(problem, model.scattering(problem, x))
-    chem = model.chemistry(problem, x, counts)
-    gain = model.fit_gain(problem, projected, chem.signal)
-    metric = problem.lambda_chem * model.chemical_curvature(problem, chem.signal, counts)
-    slope = model.scattering_slope(problem, x)
-    rho = RHO_START * metric.sum() / (slope * slope.sum(0)).sum()
-    terms = model.cost_terms(problem, x, projected, chem.value, gain)
-    state = State(x, projected, projected, jnp.zeros_like(problem.images), chem.slope, zero_dual(x), rho, gain,
-                  jnp.float32(1), jnp.bool_(False), x, terms[-1], metric, _ramp_norm(problem))
+    value, slope, signal = model.misfit(problem, x, counts)
+    gain = model.fit_gain(problem, projected, signal)
+    terms = model.cost_terms(problem, x, projected, value, gain)
+    state = State(x, projected, projected, signal, signal, jnp.zeros_like(problem.images), problem.lambda_chem * slope,
+                  zero_dual(x), gain, jnp.float32(1), jnp.float32(1),
+                  jnp.bool_(False), x, terms[-1],
+                  _metric(problem, signal, gain, counts))
     return settled(state), terms
 
 
 def step(problem: Problem, state: State, iteration: jax.Array, *, counts: bool) -> tuple[State, jax.Array, jax.Array]:
     """One iteration of the ramp-metric primal-dual split; returns the state, its cost terms, the relative change."""
-    x = state.x
-    precision = jnp.maximum(model.image_precision(problem, state.gain), 1e-20)
-    sigma = state.rho * _ramp(problem) / state.ramp_norm
-    keep = 1 / (1 + sigma / precision)
-    seen = problem.image_rays.weight[:, None, None]
-    # The residual at the extrapolated point, 2 A S(x) - A S(x before): exact costs without a further projection.
-    error = seen * (2 * state.projected - state.projected_before - problem.images / state.gain)
-    residual = _filter(keep, state.residual) + _filter(sigma * keep, error)
-
-    scatter_slope = model.scattering_slope(problem, x)
-    coupling = scatter_slope * scatter_slope.sum(0)
-    rate = RELAX / (state.caution * (state.rho * coupling + state.metric))
-    slope = scatter_slope * model.backproject_images(problem, residual) + problem.lambda_chem * state.slope
-    new, tv_dual = prox_tv(x - rate * slope, problem.lambda_tv, rate, state.tv_dual, problem.inner, model.FLOOR)
+    x, metric = state.x, state.metric
+    grown = jnp.minimum(1 + GROWTH * iteration, GROWN)
+    rho = grown * metric.rho
+    image_dual, map_dual = _image_step(problem, state, rho), _map_step(problem, state, counts)
+    slope = model.scattering_slope(problem, x)
+    pull = slope * model.backproject_images(problem, image_dual)
+    # x^gamma is convex: where the images push an element down its own curvature adds to the metric.
+    bend = (problem.gamma - 1) * jnp.maximum(pull, 0) / x
+    force = pull + model.backproject_maps(problem, map_dual)
+    new, tv_dual = _coupled_prox(problem, x, force, slope, rho * state.caution,
+                                 grown * state.caution * metric.volume + bend, state.tv_dual)
     new = jnp.where(state.retreat, state.best, new)
 
     projected = model.project_images(problem, model.scattering(problem, new))
-    chem = model.chemistry(problem, new, counts)
-    change = new - x
-    rho = _balanced(state, iteration, (change**2 * coupling).sum(), residual - state.residual, sigma)
-    refit = (iteration < GAIN_STEPS) & (iteration % GAIN_EVERY == GAIN_EVERY - 1)
-    gain = jnp.where(refit, model.fit_gain(problem, projected, chem.signal), state.gain)
-    terms = model.cost_terms(problem, new, projected, chem.value, gain)
-    # A new gain is a new cost: after a refit the comparison with the best starts afresh.
+    value, _, signal = model.misfit(problem, new, counts)
+    refit = iteration < GAIN_STEPS
+    gain = jnp.where(refit, model.fit_gain(problem, projected, signal), state.gain)
+    terms = model.cost_terms(problem, new, projected, value, gain)
+    # A new gain is a new cost: while it is refitted the last volume counts as the best.
     improved = (terms[-1] <= state.best_cost) | (refit & jnp.isfinite(terms[-1]))
     best_cost = jnp.where(improved, terms[-1], state.best_cost)
     wrong = ~(terms[-1] < RETREAT * best_cost) & ~state.retreat
-    swinging = (terms[-1] > SWING * best_cost) & (iteration >= GAIN_STEPS)
-    slower = jnp.where(wrong, 2.0, jnp.where(swinging, SLOWER, 1.0))
     kept = jnp.where(state.retreat, 0.0, 1.0)
-    relative = jnp.sqrt((change**2).sum() / jnp.maximum((x**2).sum(), 1e-20))
+    # Steps that the growing metric or caution made short are no sign of convergence, and a retreat is none either.
+    relative = sharding.relative_change(new, x) * grown * state.caution
+    drift = jnp.where(state.retreat, 1.0, state.drift + MEMORY * (relative - state.drift))
     moved = State(
         x=new, projected=projected, projected_before=jnp.where(state.retreat, projected, state.projected),
-        residual=kept * residual, slope=chem.slope, tv_dual=Dual(*(kept * d for d in tv_dual)),
-        rho=jnp.where(wrong, rho / 2, rho), gain=gain, caution=state.caution * slower, retreat=wrong,
-        best=jnp.where(improved, new, state.best), best_cost=best_cost, metric=state.metric,
-        ramp_norm=state.ramp_norm)
-    # A retreat is no progress, and no sign of convergence either.
-    return moved, terms, jnp.where(state.retreat, 1.0, relative)
+        signal=signal, signal_before=jnp.where(state.retreat, signal, state.signal),
+        image_dual=kept * image_dual, map_dual=map_dual, tv_dual=Dual(*(kept * d for d in tv_dual)), gain=gain,
+        caution=jnp.where(wrong, 2 * state.caution, jnp.maximum(TRUST * state.caution, 1)), drift=drift,
+        retreat=wrong, best=jnp.where(improved, new, state.best), best_cost=best_cost, metric=metric)
+    return moved, terms, moved.drift
 
 
-_STEPS = {counts: partial(step, counts=counts) for counts in (True, False)}
+_START = {counts: partial(start, counts=counts) for counts in (True, False)}
+_STEP = {counts: partial(step, counts=counts) for counts in (True, False)}
 
 
-def _ramp(problem: Problem) -> jax.Array:
-    """max(|k|, half a frequency step) along the detector, zero-padded to twice its length: (pixels + 1,)."""
+def _image_step(problem: Problem, state: State, rho: jax.Array) -> jax.Array:
+    """The dual of lambda_model / 2 |. - b_H|^2 / sigma^2 after a step at the extrapolated projections.
+
+    2 A S(x) - A S(x before) instead of A S(2 x - x before): exact costs without a further projection.
+    """
+    error = model.image_seen(problem) * (2 * state.projected - state.projected_before - problem.images / state.gain)
+    sigma = rho * state.metric.images
+    keep = 1 / (1 + sigma / jnp.maximum(model.image_precision(problem, state.gain), 1e-20))
+    return _filter(keep, state.image_dual) + _filter(sigma * keep, error)
+
+
+def _map_step(problem: Problem, state: State, counts: bool) -> jax.Array:
+    """The dual of lambda_chem KL, which is linearised at the last projections, with curvature W as there expected.
+
+    In units of W^1/2 both the curvature and the metric are the same for all pixels, and the step is a filter again.
+    """
+    expected = state.signal + problem.background
+    root = jnp.sqrt(jnp.maximum(problem.lambda_chem * model.map_precision(problem, expected, counts), 1e-20))
+    slope = problem.lambda_chem * model.likelihood(problem, expected, counts)[1]
+    error = slope / root + root * model.map_seen(problem) * (state.signal - state.signal_before)
+    keep = 1 / (1 + state.metric.maps)
+    return root * (_filter(keep, state.map_dual / root) + _filter(state.metric.maps * keep, error))
+
+
+def _coupled_prox(problem: Problem, x: jax.Array, force: jax.Array, slope: jax.Array, rho: jax.Array, h: jax.Array,
+                  dual: Dual) -> tuple[jax.Array, Dual]:
+    """argmin over u >= floor of <force, u> + lambda_tv TV(u) + |u - x|^2 / 2 in the metric h + rho slope slope'.
+
+    The TV steps see the elements apart, under the pull that couples them for the last dual: since h is the smaller
+    metric, that still raises the dual objective. The volume is then exact for the new dual.
+    """
+    rate = 1 / h
+    pulled = force + gradient_adjoint(dual, joined=True)
+    _, dual = prox_tv(x - rate * (force + slope * _pull(x, pulled, slope, rho, rate)), problem.lambda_tv, rate, dual,
+                      problem.inner, model.FLOOR, problem.planes)
+    pulled = force + gradient_adjoint(dual, joined=True)
+    return jnp.maximum(x - rate * (pulled + slope * _pull(x, pulled, slope, rho, rate)), model.FLOOR), dual
+
+
+def _pull(x: jax.Array, force: jax.Array, slope: jax.Array, rho: jax.Array, rate: jax.Array) -> jax.Array:
+    """rho slope . (u - x), (z, y, x), of the minimiser u without TV in the metric 1 / rate + rho slope slope'.
+
+    The root of a concave, piecewise linear function with a kink per element at most, so that Newton's method ends
+    after one step more than that. A loop, for XLA would compute it anew in all that reads it; element by element in
+    there, since sums over the leading axis took ten times as long.
+    """
+    def newton(_: int, total: jax.Array) -> jax.Array:
+        excess, curvature = total, jnp.float32(1)
+        for e in range(len(x)):
+            u = x[e] - rate[e] * (force[e] + slope[e] * total)
+            excess = excess - rho * slope[e] * (jnp.maximum(u, model.FLOOR) - x[e])
+            curvature = curvature + jnp.where(u > model.FLOOR, rho * slope[e] ** 2 * rate[e], 0)
+        return total - excess / curvature
+
+    return jax.lax.fori_loop(0, len(x) + 1, newton, jnp.zeros(x.shape[1:]))
+
+
+def _metric(problem: Problem, signal: jax.Array, gain: jax.Array, counts: bool) -> Metric:
+    """The metrics of a solve that starts at the problem's start, where the maps' signal is `signal`."""
+    exist = sharding.present(problem.planes, signal.shape[-1])
+    bound = problem.lambda_chem * model.chemical_curvature(problem, signal, counts)
+    slope = model.scattering_slope(problem, problem.start)
+    rho = RHO * sharding.total((bound * exist).sum()) / sharding.total((slope * slope.sum(0) * exist).sum())
+    # H bounds A' W A by A' W A 1; A' W^1/2 R W^1/2 A is bounded by the mean W, which is less by the factor A' A 1.
+    path = project(jnp.ones_like(problem.start[:1]), problem.map_rays, problem.maps.shape[-2])
+    factor = sharding.total((path**2 * exist).sum()) / (np.prod(problem.start.shape[1:3]) * problem.planes)
+    images, maps = (_ramp(problem, rays) for rays in (problem.image_rays, problem.map_rays))
+    # A dual that steps further than its own term's curvature lets the volume follow the images slowly.
+    rho = jnp.minimum(rho, CAP * model.image_precision(problem, gain) / images.max())
+    return Metric(SHARE * bound, images, SHARE * factor * maps, rho)
+
+
+def _ramp(problem: Problem, rays: Geometry) -> jax.Array:
+    """max(|k|, half a frequency step) along the detector, zero-padded to twice its length: (pixels + 1,).
+
+    Divided by the largest eigenvalue of A' ramp A, which power iteration on one plane finds.
+    """
     pixels = problem.images.shape[-2]
-    return jnp.maximum(jnp.arange(pixels + 1) / (2 * pixels), 0.5 / pixels)
-
-
-def _ramp_norm(problem: Problem) -> jax.Array:
-    """The largest eigenvalue of A_h' ramp A_h, by power iteration on one plane."""
-    ramp = _ramp(problem)
+    ramp = jnp.maximum(jnp.arange(pixels + 1) / (2 * pixels), 0.5 / pixels)
     shape = (*problem.start.shape[1:3], 1)
 
     def power(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         v = state[0] / state[1]
-        v = backproject(_filter(ramp, project(v, problem.image_rays, problem.images.shape[-2])),
-                        problem.image_rays, *shape[:2])
+        v = backproject(_filter(ramp, project(v, rays, pixels)), rays, *shape[:2])
         return v, jnp.linalg.norm(v)
 
-    return jax.lax.fori_loop(0, 12, power, (jnp.ones(shape), jnp.float32(np.sqrt(shape[0] * shape[1]))))[1]
+    norm = jax.lax.fori_loop(0, 12, power, (jnp.ones(shape), jnp.float32(np.sqrt(shape[0] * shape[1]))))[1]
+    return ramp / jnp.maximum(norm, 1e-20)
 
 
 def _filter(spectrum: jax.Array, images: jax.Array) -> jax.Array:
-    """Images (tilt, y, x) filtered along y, zero-padded, by a real spectrum (pixels + 1,).
+    """Images (..., tilt, y, x) filtered along y, zero-padded, by a real spectrum (pixels + 1,).
 
     As a product with the filter's Toeplitz matrix: up to some hundred pixels that beats strided FFTs.
     """
     pixels = images.shape[-2]
     kernel = jnp.fft.irfft(spectrum, 2 * pixels)
     index = jnp.arange(pixels)
-    return jnp.einsum("ij,tjx->tix", kernel[(index[:, None] - index) % (2 * pixels)], images)
-
-
-def _balanced(state: State, iteration: jax.Array, primal: jax.Array, change: jax.Array,
-              sigma: jax.Array) -> jax.Array:
-    """rho for the next iteration: steps of primal and dual of equal size, each in its own metric.
-
-    primal: squared step of x in the metric S'_i sum_j S'_j. The changes fade, so that the split settles.
-    """
-    primal = jnp.sqrt(state.rho * primal)
-    dual = jnp.sqrt(jnp.maximum((change * _filter(1 / sigma, change)).sum(), 0))
-    ratio = jnp.clip(dual / jnp.maximum(primal, 1e-20), 0.5, 2.0)
-    return state.rho * ratio ** (BALANCE_DECAY**iteration)
-
+    return jnp.einsum("ij,...tjx->...tix", kernel[(index[:, None] - index) % (2 * pixels)], images)

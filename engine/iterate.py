@@ -7,12 +7,14 @@ between trials is traced, so that a sweep compiles once per shape. The loop stay
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from engine import sharding
 
 RUNNING, CONVERGED, NON_FINITE = 0, 1, 2
 _CAPACITY = 64  # history lengths are multiples of this, so that 50 and 60 iterations are one program
@@ -39,26 +41,34 @@ class Outcome(NamedTuple):
     ok: bool
 
 
-def solve(step: Step, problem: Any, state: Any, first_terms: jax.Array, iterations: int, *, tolerance: float = 0.0,
-          checkpoints: Sequence[int] = (), observe: Callable[[int, Any], None] | None = None) -> Outcome:
-    """Iterate until `iterations`, until the relative change is below `tolerance`, or until a cost is not finite.
+def solve(step: Step, problem: Any, first: tuple[Any, jax.Array], iterations: int, *, devices: int = 1,
+          tolerance: float = 0.0, checkpoints: Sequence[int] = (),
+          observe: Callable[[int, Any], None] | None = None) -> Outcome:
+    """Iterate until `iterations`, until the change is below `tolerance`, or until a cost is not finite.
 
-    state is donated: do not use it afterwards. observe(iteration, state) is called at each checkpoint reached.
+    first: the state to start from, which is donated, and its cost terms. devices: over how many slabs the problem and
+    the state are spread (`engine.sharding`). observe(iteration, state) is called at each checkpoint reached.
     """
+    state, first_terms = first
     capacity = -(-iterations // _CAPACITY) * _CAPACITY + 1
-    history = jnp.zeros((capacity, first_terms.shape[0]), jnp.float32).at[0].set(first_terms)
-    run = Run(state, jnp.int32(0), jnp.int32(RUNNING), history)
+    terms = np.asarray(sharding.one(first_terms, devices))
+    history = np.zeros((capacity, len(terms)), np.float32)
+    history[0] = terms
+    run = Run(state, *sharding.repeated((np.int32(0), np.int32(RUNNING), history), devices))
+    advance = sharding.spread(_advancing(step), devices, donate=(1,))
     for stop in sorted({c for c in checkpoints if 0 < c < iterations} | {iterations}):
-        run = _advance(step, problem, run, jnp.int32(stop), jnp.float32(tolerance))
+        run = advance(problem, run, *sharding.repeated((np.int32(stop), np.float32(tolerance)), devices))
+        status = int(sharding.one(run.status, devices))
         if observe is not None and stop in checkpoints:
             observe(stop, run.state)
-        if int(run.status) == NON_FINITE:
+        if status == NON_FINITE:
             break
-    done, status = int(run.iteration), int(run.status)
+    done = int(sharding.one(run.iteration, devices))
     sentences = {RUNNING: f"finished {done} iterations",
                  CONVERGED: f"converged after {done} iterations (relative change below {tolerance:g})",
                  NON_FINITE: f"stopped at iteration {done}: the cost is not finite; check the data and the weights"}
-    return Outcome(run.state, np.asarray(run.history)[:done + 1], done, sentences[status], status != NON_FINITE)
+    return Outcome(run.state, np.asarray(sharding.one(run.history, devices))[:done + 1], done, sentences[status],
+                   status != NON_FINITE)
 
 
 def settled(state: Any) -> Any:
@@ -66,7 +76,12 @@ def settled(state: Any) -> Any:
     return jax.tree.map(lambda a: jnp.array(a, a.dtype, copy=True), state)
 
 
-@partial(jax.jit, static_argnames=("step",), donate_argnames=("run",))
+@cache
+def _advancing(step: Step) -> Callable[[Any, Run, jax.Array, jax.Array], Run]:
+    """The loop for one solver; the same object each time, so that it compiles once per shape."""
+    return partial(_advance, step)
+
+
 def _advance(step: Step, problem: Any, run: Run, stop: jax.Array, tolerance: jax.Array) -> Run:
     def going(run: Run) -> jax.Array:
         return (run.iteration < stop) & (run.status == RUNNING)

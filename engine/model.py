@@ -9,21 +9,23 @@ likelihood (images over their own noise), so weights of 1 are maximum likelihood
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine import sharding
 from engine.data import MultiModal
 from engine.losses import least_squares, poisson, poisson_curvature
 from engine.penalties import total_variation
 from engine.projector import Geometry, backproject, bucket, geometry, project
 
-# The gain is refitted every 5 iterations; the fused solver freezes it after 25, since a cost that keeps moving could
-# not be compared with its own past.
-GAIN_STEPS, GAIN_EVERY = 25, 5
+# The fused solver refits the gain in each of its first 15 iterations, then freezes it: a cost that keeps moving could
+# not be compared with its own past. The descents, which settle late, refit after 5, 10, 20, ... iterations.
+GAIN_STEPS, GAIN_EVERY = 15, 5
 # A voxel at 0 has no HAADF gradient for gamma > 1 and would never hear that term again: solvers keep this floor.
 FLOOR = 1e-4
 START_STEPS = 5  # EM steps of the start: measured best between 3 and 5; the converged one is the worst start
@@ -47,6 +49,7 @@ class Problem(NamedTuple):
     lambda_chem: jax.Array
     lambda_tv: jax.Array
     inner: jax.Array  # steps of the TV proximal operator
+    planes: jax.Array  # how many exist along x, all slabs together
 
 
 class Chemistry(NamedTuple):
@@ -58,55 +61,93 @@ class Chemistry(NamedTuple):
 
 
 def build(data: MultiModal, *, gamma: float, lambda_model: float, lambda_chem: float, lambda_tv: float,
-          weights: str, inner: int, held_out: tuple[int, ...] = ()) -> Problem:
+          weights: str, inner: int, held_out: tuple[int, ...] = (), devices: int = 1) -> Problem:
     """Data and weights as device arrays. held_out: indices of chemical tilts that are left out of the fit.
 
     Where sensitivities are unknown, each s_i is set so that the start's brightest percent averages 1, and the c_i are
     fitted to the images by non-negative least squares (a floor of 1e-3 of the largest keeps every element coupled).
+    devices: slabs the problem is cut into; with two or more every array has a leading axis of slabs.
     """
     chem, haadf = data.chem, data.haadf
     size = bucket(chem.tilts)
     map_rays = geometry(chem.angles, size)
     kept = np.asarray(map_rays.weight).copy()
     kept[list(held_out)] = 0
-    map_rays = map_rays._replace(weight=jnp.asarray(kept))
-    is_counts = chem.units == "counts"
+
+    def slabs(array: np.ndarray) -> jax.Array:
+        return jnp.asarray(sharding.split(array, devices))
+
+    def alike(tree: Any) -> Any:
+        return jax.tree.map(jnp.asarray, sharding.repeated(tree, devices))
+
     column = partial(_column, len(chem.elements))
-    map_weight = 1.0 if is_counts else 1 / chem.noise_level(held_out) ** 2
+    map_weight = 1.0 if chem.units == "counts" else 1 / chem.noise_level(held_out) ** 2
     background = np.asarray(chem.background, np.float32)
     background = background.reshape((1,) * (4 - background.ndim) + background.shape)
     if background.shape[1] > 1:
         background = _pad_tilts(background, size)
-    maps = jnp.asarray(_pad_tilts(chem.projections, size))
+    level = (slabs if background.shape[-1] > 1 else alike)(background)
+    maps = slabs(_pad_tilts(chem.projections, size))
+    rays, planes = alike(map_rays._replace(weight=jnp.asarray(kept))), alike(np.int32(data.shape[2]))
     sensitivity = column(1.0 if data.sensitivity is None else data.sensitivity)
-    start = em_start(maps, jnp.asarray(background), sensitivity, map_rays, data.shape[:2], START_STEPS)
+    begin = sharding.spread(_starter(data.shape[:2]), devices)
+    start = begin(maps, level, alike(sensitivity), rays, planes)
     if data.sensitivity is None:
-        sensitivity = jnp.maximum(_peak(start), 1e-12)
-        start = start / sensitivity
+        sensitivity = np.maximum(_peak(sharding.join(start, devices, data.shape[2])), 1e-12)
+        start = start / alike(sensitivity)
     images, noise, image_rays = _images(haadf, chem.projections.shape[2:])
     numbers = np.asarray(data.numbers, np.float64)
     contrast = numbers ** (gamma if weights == "z_gamma" else 1.0)
     if haadf is not None and data.sensitivity is None:
-        contrast = fit_contrast(images, image_rays, start, gamma)
+        scatter = sharding.spread(_scattered(images.shape[-2]), devices)
+        parts = scatter(start, alike(image_rays), alike(np.float32(gamma)))
+        contrast = fit_contrast(images, sharding.join(parts, devices, data.shape[2]))
+    scalars = {"image_noise": noise, "map_weight": column(map_weight), "sensitivity": sensitivity,
+               "contrast": column(contrast / contrast.max()), "gamma": gamma, "lambda_model": lambda_model,
+               "lambda_chem": lambda_chem, "lambda_tv": lambda_tv}
     return Problem(
-        images, noise, image_rays, maps, jnp.asarray(background), column(map_weight), map_rays, sensitivity,
-        column(contrast / contrast.max()), jnp.maximum(start, FLOOR), jnp.float32(gamma), jnp.float32(lambda_model),
-        jnp.float32(lambda_chem), jnp.float32(lambda_tv), jnp.int32(inner))
+        images=slabs(images), image_rays=alike(image_rays), maps=maps, background=level, map_rays=rays,
+        start=jnp.maximum(start, FLOOR), inner=alike(np.int32(inner)), planes=planes,
+        **{name: alike(np.asarray(value, np.float32)) for name, value in scalars.items()})
+
+
+def image_seen(problem: Problem) -> jax.Array:
+    """Which pixels of the images there are: (tilt, 1, x), 0 for padded tilts and planes."""
+    return problem.image_rays.weight[:, None, None] * sharding.present(problem.planes, problem.images.shape[-1])
+
+
+def map_seen(problem: Problem) -> jax.Array:
+    """The same for the maps, (tilt, 1, x); held-out tilts are 0 as well."""
+    return problem.map_rays.weight[:, None, None] * sharding.present(problem.planes, problem.maps.shape[-1])
 
 
 def chemistry(problem: Problem, x: jax.Array, counts: bool) -> Chemistry:
     """The chemical term (F3 Eq. 1, second sum, and Eq. 3) of concentrations x, not yet weighted by lambda_chem."""
-    signal = problem.sensitivity * project(x, problem.map_rays, problem.maps.shape[-2])
-    weight = problem.map_rays.weight[:, None, None] * problem.map_weight
-    value, slope = (poisson if counts else least_squares)(signal + problem.background, problem.maps, weight)
-    return Chemistry(value, problem.sensitivity * backproject(slope, problem.map_rays, *x.shape[1:3]), signal)
+    value, slope, signal = misfit(problem, x, counts)
+    return Chemistry(value, backproject_maps(problem, slope), signal)
 
 
 def chemistry_value(problem: Problem, x: jax.Array, counts: bool) -> jax.Array:
     """The value of the chemical term alone, without its back projection."""
+    return misfit(problem, x, counts).value
+
+
+def misfit(problem: Problem, x: jax.Array, counts: bool) -> Chemistry:
+    """The chemical term before its back projection: slope with respect to the modelled maps, (element, tilt, y, x)."""
     signal = problem.sensitivity * project(x, problem.map_rays, problem.maps.shape[-2])
-    weight = problem.map_rays.weight[:, None, None] * problem.map_weight
-    return (poisson if counts else least_squares)(signal + problem.background, problem.maps, weight)[0]
+    return Chemistry(*likelihood(problem, signal + problem.background, counts), signal)
+
+
+def likelihood(problem: Problem, expected: jax.Array, counts: bool) -> tuple[jax.Array, jax.Array]:
+    """Value and slope of the chemical term where the maps are expected to be so; held-out tilts have none."""
+    weight = map_seen(problem) * problem.map_weight
+    value, slope = (poisson if counts else least_squares)(expected, problem.maps, weight)
+    return sharding.total(value), slope
+
+
+def backproject_maps(problem: Problem, maps: jax.Array) -> jax.Array:
+    """(s A_c)' of (element, tilt, y, x): (element, z, y, x)."""
+    return problem.sensitivity * backproject(maps, problem.map_rays, *problem.start.shape[1:3])
 
 
 def cost_terms(problem: Problem, x: jax.Array, projected: jax.Array | None, chem: jax.Array,
@@ -117,10 +158,9 @@ def cost_terms(problem: Problem, x: jax.Array, projected: jax.Array | None, chem
     """
     model_term = jnp.float32(0)
     if projected is not None:
-        seen = problem.image_rays.weight[:, None, None]
-        misfit = (seen * (projected - problem.images / gain) ** 2).sum() / 2
+        misfit = sharding.total((image_seen(problem) * (projected - problem.images / gain) ** 2).sum()) / 2
         model_term = misfit * (gain / problem.image_noise) ** 2
-    tv = total_variation(x).sum()
+    tv = total_variation(x, problem.planes).sum()
     total = problem.lambda_model * model_term + problem.lambda_chem * chem + problem.lambda_tv * tv
     return jnp.stack([model_term, chem, tv, total])
 
@@ -130,29 +170,31 @@ def map_precision(problem: Problem, expected: jax.Array, counts: bool) -> jax.Ar
     if not counts:
         return problem.map_weight * jnp.ones_like(problem.maps)
     # Without a background the expected counts of vacuum, and so the step there, would be nothing.
-    seen = problem.map_rays.weight[:, None, None]
-    mean = (seen * expected).mean((1, 2, 3), keepdims=True) / seen.mean()
+    seen = map_seen(problem)
+    count = sharding.total(seen.sum()) * expected.shape[-2]
+    mean = sharding.total((seen * expected).sum((1, 2, 3), keepdims=True)) / jnp.maximum(count, 1)
     return poisson_curvature(expected + 0.1 * mean)
 
 
 def chemical_curvature(problem: Problem, signal: jax.Array, counts: bool) -> jax.Array:
     """A diagonal bound of the chemical term's expected Hessian, s^2 A'(w A 1), where the maps' signal is `signal`."""
     x = problem.start
-    path = project(jnp.ones_like(x[:1]), problem.map_rays, problem.maps.shape[-2])
+    path = map_seen(problem) * project(jnp.ones_like(x[:1]), problem.map_rays, problem.maps.shape[-2])
     weight = map_precision(problem, signal + problem.background, counts)
     bound = problem.sensitivity**2 * backproject(weight * path, problem.map_rays, *x.shape[1:3])
     # Voxels that few rays cross would take steps without limit.
-    return jnp.maximum(bound, 1e-2 * bound.max((1, 2, 3), keepdims=True))
+    return jnp.maximum(bound, 1e-2 * sharding.largest(bound.max((1, 2, 3), keepdims=True)))
 
 
 def scattering(problem: Problem, x: jax.Array) -> jax.Array:
     """sum_i c_i x_i^gamma per voxel, (z, y, x); x > 0."""
-    return (problem.contrast * x**problem.gamma).sum(0)
+    # Element by element, and by exp and log: XLA's CPU loops vectorise neither a sum over the leading axis nor a power.
+    return sum(c * jnp.exp(problem.gamma * jnp.log(x_e)) for c, x_e in zip(problem.contrast, x))
 
 
 def scattering_slope(problem: Problem, x: jax.Array) -> jax.Array:
     """Its derivative with respect to x_i: gamma c_i x_i^(gamma - 1), (element, z, y, x)."""
-    return problem.gamma * problem.contrast * x ** (problem.gamma - 1)
+    return problem.gamma * problem.contrast * jnp.exp((problem.gamma - 1) * jnp.log(x))
 
 
 def project_images(problem: Problem, scatter: jax.Array) -> jax.Array:
@@ -178,22 +220,34 @@ def fit_gain(problem: Problem, projected: jax.Array, signal: jax.Array) -> jax.A
     gain is the one that suits a x: <b, P> / <P, P> / a^gamma.
     """
     expected = signal + problem.background
-    expected += 1e-3 * expected.max((1, 2, 3), keepdims=True)  # in the maps' own unit, whatever it is
-    weight = problem.map_weight * problem.map_rays.weight[:, None, None] / expected
-    wanted = problem.maps - problem.background
-    factor = (weight * signal * wanted).sum() / jnp.maximum((weight * signal**2).sum(), 1e-20)
-    gain = (projected * problem.images).sum() / jnp.maximum((projected**2).sum(), 1e-20)
+    expected += 1e-3 * sharding.largest(expected.max((1, 2, 3), keepdims=True))  # in the maps' own unit
+    weight = problem.map_weight * map_seen(problem) / expected
+    wanted, seen = problem.maps - problem.background, image_seen(problem)
+    sums = sharding.total(jnp.stack([(weight * signal * wanted).sum(), (weight * signal**2).sum(),
+                                     (seen * projected * problem.images).sum(), (seen * projected**2).sum()]))
+    factor, gain = sums[0] / jnp.maximum(sums[1], 1e-20), sums[2] / jnp.maximum(sums[3], 1e-20)
     return gain / jnp.clip(factor, 0.1, 10.0) ** problem.gamma
 
 
-@partial(jax.jit, static_argnames=("shape", "steps"))
-def em_start(maps: jax.Array, background: jax.Array, sensitivity: jax.Array, rays: Geometry, shape: tuple[int, int],
-             steps: int) -> jax.Array:
+@cache
+def _starter(shape: tuple[int, int]) -> Callable:
+    return partial(em_start, shape=shape)
+
+
+@cache
+def _scattered(pixels: int) -> Callable:
+    return lambda start, rays, gamma: project(start**gamma, rays, pixels)
+
+
+def em_start(maps: jax.Array, background: jax.Array, sensitivity: jax.Array, rays: Geometry, planes: jax.Array,
+             shape: tuple[int, int], steps: int = START_STEPS) -> jax.Array:
     """Concentrations (element, z, y, x) after a few EM steps of the Poisson likelihood from a flat start."""
     counts = jnp.maximum(maps, 0)
-    ones = jnp.ones((1, *counts.shape[1:])) * rays.weight[:, None, None]
+    exist = rays.weight[:, None, None] * sharding.present(planes, maps.shape[-1])
+    ones = jnp.ones((1, *counts.shape[1:])) * exist
     seen = backproject(ones, rays, *shape)
-    mean = ((counts - background) * ones).sum((1, 2, 3), keepdims=True) / (sensitivity * seen.sum())
+    mean = sharding.total(((counts - background) * ones).sum((1, 2, 3), keepdims=True)) / (
+        sensitivity * sharding.total(seen.sum()))
     x = jnp.ones((maps.shape[0], *shape, maps.shape[-1])) * jnp.maximum(mean, 1e-6)
     seen = jnp.maximum(seen, 1e-3)
     return jax.lax.fori_loop(0, steps, lambda _, x: em_step(counts, background, sensitivity, rays, seen, x), x)
@@ -212,25 +266,27 @@ def seen(problem: Problem) -> jax.Array:
     return backproject(jnp.ones_like(problem.maps[:1]), problem.map_rays, nz, ny)
 
 
-def fit_contrast(images: jax.Array, rays: Geometry, start: jax.Array, gamma: float) -> np.ndarray:
-    """(element,) non-negative c_i with sum_i c_i A_h x_i^gamma ~ images, floored at 1e-3 of the largest."""
+def fit_contrast(images: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """(element,) non-negative c_i with sum_i c_i parts_i ~ images, floored at 1e-3 of the largest.
+
+    parts: A_h x_i^gamma, (element, tilt, y, x).
+    """
     from scipy.optimize import nnls
 
-    parts = np.asarray(project(jnp.asarray(start) ** gamma, rays, images.shape[-2]), np.float64)
-    parts = parts.reshape(len(start), -1)
+    parts = np.asarray(parts, np.float64).reshape(len(parts), -1)
     gram, right = parts @ parts.T, parts @ np.asarray(images, np.float64).ravel()
     root = np.linalg.cholesky(gram + 1e-9 * np.trace(gram) * np.eye(len(gram)))
     contrast, _ = nnls(root.T, np.linalg.solve(root, right))
     return np.maximum(contrast, 1e-3 * max(contrast.max(), 1e-30))
 
 
-def _images(haadf, detector: tuple[int, int]) -> tuple[jax.Array, jax.Array, Geometry]:
+def _images(haadf, detector: tuple[int, int]) -> tuple[np.ndarray, float, Geometry]:
     if haadf is None:
-        return jnp.zeros((0, *detector)), jnp.float32(1), geometry(np.zeros(0), 0)
+        return np.zeros((0, *detector), np.float32), 1.0, geometry(np.zeros(0), 0)
     size = bucket(haadf.tilts)
     images = np.asarray(haadf.projections[0] - np.broadcast_to(haadf.background, haadf.projections.shape)[0])
     level = float(np.sqrt(np.mean(images.astype(np.float64) ** 2)))
-    return (jnp.asarray(_pad_tilts(images[None] / level, size)[0]), jnp.float32(haadf.noise_level()[0] / level),
+    return (_pad_tilts(images[None] / level, size)[0], float(haadf.noise_level()[0] / level),
             geometry(haadf.angles, size))
 
 
@@ -238,12 +294,12 @@ def _pad_tilts(stack: np.ndarray, size: int) -> np.ndarray:
     return np.pad(stack, ((0, 0), (0, size - stack.shape[1]), (0, 0), (0, 0))).astype(np.float32)
 
 
-def _column(elements: int, values) -> jax.Array:
-    return jnp.asarray(np.broadcast_to(np.asarray(values, np.float32), (elements,)))[:, None, None, None]
+def _column(elements: int, values) -> np.ndarray:
+    return np.broadcast_to(np.asarray(values, np.float32), (elements,))[:, None, None, None]
 
 
-def _peak(x: jax.Array) -> jax.Array:
+def _peak(x: np.ndarray) -> np.ndarray:
     """(element, 1, 1, 1) mean of the brightest percent of voxels."""
     flat = x.reshape(len(x), -1)
     count = max(1, flat.shape[1] // 100)
-    return jax.lax.top_k(flat, count)[0].mean(1)[:, None, None, None]
+    return np.partition(flat, -count, axis=1)[:, -count:].mean(1, dtype=np.float64)[:, None, None, None]

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine.forms import fastest
+
 # Lengths to which lists of tilts are padded, so that a sweep over tilt counts compiles a handful of programs. A program
 # costs 5 to 10 s to compile; up to 16 tilts their projections are a small part of an iteration, and doubling is cheap.
 _BUCKETS = (4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192)
@@ -48,6 +50,17 @@ def geometry(angles: np.ndarray, size: int | None = None) -> Geometry:
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def project(volume: jax.Array, rays: Geometry, pixels: int) -> jax.Array:
     """Line integrals (..., tilt, pixels, x), in voxel lengths, of volumes (..., z, y, x)."""
+    return fastest("project", project_reference, volume, rays, pixels=pixels)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def backproject(projections: jax.Array, rays: Geometry, nz: int, ny: int) -> jax.Array:
+    """The exact adjoint of `project`: volumes (..., nz, ny, x) from projections (..., tilt, pixels, x)."""
+    return fastest("backproject", backproject_reference, projections, rays, nz=nz, ny=ny)
+
+
+def project_reference(volume: jax.Array, rays: Geometry, pixels: int) -> jax.Array:
+    """`project` in JAX alone, for every platform; the faster forms are tested against it."""
     nz, ny = volume.shape[-3:-1]
     flat, m, cos, sin = _directions(rays)
     t = jnp.arange(pixels) - (pixels - 1) / 2
@@ -76,9 +89,8 @@ def project(volume: jax.Array, rays: Geometry, pixels: int) -> jax.Array:
     return jax.lax.scan(add_row, start, jnp.arange(rows))[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def backproject(projections: jax.Array, rays: Geometry, nz: int, ny: int) -> jax.Array:
-    """The exact adjoint of `project`: volumes (..., nz, ny, x) from projections (..., tilt, pixels, x)."""
+def backproject_reference(projections: jax.Array, rays: Geometry, nz: int, ny: int) -> jax.Array:
+    """`backproject` in JAX alone, for every platform; the faster forms are tested against it."""
     pixels = projections.shape[-2]
     _, m, cos, sin = _directions(rays)
     y = jnp.arange(ny) - (ny - 1) / 2

@@ -103,7 +103,7 @@ class MpiWorkers:
         return [_name(rank) for rank in sorted(self._idle)]
 
     def submit(self, worker: str, message: dict[str, Any]) -> None:
-        """Hand a trial to an idle rank."""
+        """Hand trials to an idle rank."""
         rank = int(worker.removeprefix("worker-"))
         self._idle.remove(rank)
         self._send(rank, json.dumps(message), TRIAL)
@@ -141,7 +141,7 @@ class MpiWorkers:
             return [Event(_name(rank), lost=text)]
         if tag in (READY, RESULT):
             self._idle.add(rank)
-        return [Event(_name(rank), result=json.loads(text))] if tag == RESULT else []
+        return [Event(_name(rank), results=json.loads(text))] if tag == RESULT else []
 
     def _silent(self) -> list[Event]:
         """Let the ranks hear of us, and count those we have not heard of."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch import devices, mpi, plan, workers
+from launch.plan import Plan
 from sweeps import grid
 from sweeps.atlas import RunFolder
 from sweeps.coordinator import Summary
@@ -20,6 +21,8 @@ from sweeps.journal import RunError
 from sweeps.settings import SettingsError, Sweep
 
 EVALUATE = "sweeps.trial:run"
+FILLED = 4 * 256**3  # voxels times elements that keep a large GPU busy: more at once take longer in proportion
+ROUNDS = 4  # batches of a search at least
 
 
 def run(
@@ -36,15 +39,16 @@ def run(
         mpi.serve()
         return 0
     count = count or local_count()
+    room = gpu_room(count if size == 1 else 1)
     crew: Workers = mpi.MpiWorkers(evaluate) if size > 1 else workers.LocalWorkers(count, evaluate)
     # Other ranks may run on other machines, of whose memory this one knows nothing.
     memory = (0, "") if size > 1 else plan.memory_here(count)
     with crew:
-        return _coordinate(sweep, RunFolder(out or Path("runs") / sweep.name), crew, again, memory)
+        return _coordinate(sweep, RunFolder(out or Path("runs") / sweep.name), crew, again, memory, room)
 
 
 def _coordinate(
-    sweep: Sweep, folder: RunFolder, crew: Workers, again: str | None, memory: tuple[int, str]
+    sweep: Sweep, folder: RunFolder, crew: Workers, again: str | None, memory: tuple[int, str], room: int
 ) -> int:
     from launch import progress
     from sweeps import coordinator, report
@@ -59,7 +63,7 @@ def _coordinate(
     for warning in plan.warnings(planned):
         print(warning, file=sys.stderr)
     with signals() as stop, progress.observer(sys.stdout) as watch:
-        summary = coordinator.run(sweep, cells, crew, folder, watch, stop, again)
+        summary = coordinator.run(sweep, cells, crew, folder, watch, stop, again, batches=batches(planned, room))
     print(f"\n{report.table(folder.path)}\n")
     # A launcher that has sent SIGTERM kills soon after: no time for figures then.
     if summary.stopped is None:
@@ -82,6 +86,25 @@ def local_count() -> int:
     """One worker per GPU; on a machine without GPUs two, or as many as there are cores."""
     gpus = len(devices.visible_gpus(os.environ))
     return gpus or min(2, len(os.sched_getaffinity(0)))
+
+
+def gpu_room(workers: int) -> int:
+    """Bytes that a worker may fill of its GPU; 0 on a machine without. MPI ranks are taken to have one each."""
+    gpus = len(devices.visible_gpus(os.environ))
+    available, where = plan.memory_here(workers) if gpus else (0, "")
+    return available // -(-workers // gpus) if where == "on the GPU" else 0
+
+
+def batches(planned: Plan, room: int) -> dict[str, int]:
+    """By cell, how many trials a worker with `room` bytes of a GPU solves at once where search.batch is auto.
+
+    As many as fit and as fill it, but so few that the search can learn from one batch to the next.
+    """
+    found = {}
+    for cost in planned.costs:
+        fitting, filling = room // sum(cost.memory.values()), FILLED // (cost.extent.volume // 4)
+        found[cost.cell.id] = max(1, min(fitting, filling, cost.cell.sweep.search.trials // ROUNDS))
+    return found
 
 
 def check_cell(cells: list[Cell], again: str | None) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from sweeps.journal import plain
 
-Evaluate = Callable[[dict[str, Any]], dict[str, Any]]
+Evaluate = Callable[[dict[str, Any]], list[dict[str, Any]]]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -31,26 +31,40 @@ def load(name: str) -> Evaluate:
 
 
 def answer(evaluate: Evaluate, text: str) -> str:
-    """The result of one message, JSON to JSON.
-
-    An evaluation that raises is a result with a status; a full disk fails no trial, it is `fatal` to the run.
-    """
-    started = time.perf_counter()
+    """The results of one message, one for each of its trials, JSON to JSON."""
     try:
-        result = evaluate(json.loads(text))
-        if not isinstance(result, dict):
-            raise TypeError(f"the evaluation returned {type(result).__name__}, not a result")
-        return json.dumps(plain(result), allow_nan=False)
+        return json.dumps(_results(evaluate, json.loads(text)))
+    finally:
+        sys.stdout.flush()
+
+
+def _results(evaluate: Evaluate, message: dict[str, Any]) -> list[dict[str, Any]]:
+    """One result per trial, in their order.
+
+    An evaluation that raises is a result with a status; in a batch, whose fault it is shows when each trial is
+    evaluated alone. A full disk fails no trial, it is `fatal` to the run.
+    """
+    started, trials = time.perf_counter(), message["trials"]
+    try:
+        results = evaluate(message)
+        if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+            raise TypeError(f"the evaluation returned {type(results).__name__}, not a list of results")
+        if len(results) != len(trials):
+            raise ValueError(f"the evaluation returned {len(results)} results for {len(trials)} trials")
+        answers: list[dict[str, Any]] = plain(results)
+        json.dumps(answers, allow_nan=False)
+        return answers
     except Exception as error:
         traceback.print_exc()
+        full = isinstance(error, OSError) and error.errno in FULL
+        if len(trials) > 1 and not full:
+            return [result for trial in trials for result in _results(evaluate, {**message, "trials": [trial]})]
         place = traceback.extract_tb(error.__traceback__)[-1]
         words = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno}; see the log)"
         failed = {"status": " ".join(words.split()), "seconds": time.perf_counter() - started}
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and full:
             failed["fatal"] = f"{error.filename or 'the disk'}: {error.strerror}"
-        return json.dumps(failed)
-    finally:
-        sys.stdout.flush()
+        return [failed for _ in trials]
 
 
 def ignore_signals() -> None:

@@ -60,7 +60,7 @@ class LocalWorkers:
         return [name for name, worker in self._workers.items() if worker.ready and not worker.busy]
 
     def submit(self, worker: str, message: dict[str, Any]) -> None:
-        """Hand a trial to an idle worker."""
+        """Hand trials to an idle worker."""
         self._workers[worker].busy = True
         self._workers[worker].say(json.dumps(message))
 
@@ -73,7 +73,7 @@ class LocalWorkers:
             for line in lines:
                 if worker.ready:
                     worker.busy = False
-                    events.append(Event(worker.name, result=json.loads(line)))
+                    events.append(Event(worker.name, results=json.loads(line)))
                 worker.ready = True  # its first line says so
             if ended:
                 events.append(Event(worker.name, lost=self._bury(worker)))

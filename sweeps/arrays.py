@@ -33,6 +33,8 @@ WORDS = {  # units and long names of what is not a setting
     "trial": ("1", "number of the trial in its cell"),
     "attempt": ("1", "attempt that gave the result"),
     "kind": ("", "baseline or search"),
+    "fidelity": ("1", "share of the iterations; below 1 a cheap trial, which cannot win"),
+    "batch": ("1", "trials that were solved together"),
     "changes": ("", "settings a baseline changes, as JSON"),
     "worker": ("", "worker that gave the result"),
     "status": ("", "ok, or why the trial failed; empty while it has not ended"),
@@ -96,7 +98,7 @@ def atlas(sweep: Sweep, cells: Sequence[Cell], history: History) -> Variables:
     deep = Table((*dims, "iterations"), (*shape, len(stops)), names) if stops else plain
     for cell in cells:
         rows = list(history.cell(cell.id).rows.values())
-        own = [row for row in rows if row.ok and row.own(bool(cell.space))]
+        own = [row for row in rows if row.ok and row.own(bool(cell.space)) and row.fidelity == 1]
         for i, stop in enumerate(stops or [None]):
             index = cell.index if stop is None else (*cell.index, i)
             best = min(_entries(own, stop), key=_rank, default=NOTHING)
@@ -270,6 +272,8 @@ def _trial(table: Table, index: tuple[int, ...], cell: Cell, row: Row) -> None:
         table.put(name, index, np.int64(result[name] or 0))
     for name in ("seconds", "worker"):
         table.put(name, index, result[name])
+    table.put("fidelity", index, row.fidelity)
+    table.put("batch", index, np.int64(result.get("batch", 1)))
     changes = {name: value for name, value in row.ask["params"].items() if name not in cell.space}
     table.put("kind", index, row.ask["kind"])
     table.put("method", index, method(cell, row), "solver.method")

@@ -60,11 +60,19 @@ def write_aside(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def resolved(cell: Cell, params: Mapping[str, Any]) -> Sweep:
-    """The settings of one trial. What a baseline does not feel takes its default instead of a range."""
+def resolved(cell: Cell, params: Mapping[str, Any], fidelity: float = 1.0) -> Sweep:
+    """The settings of one trial. What a baseline does not feel takes its default instead of a range.
+
+    A fidelity below 1 is that share of the iterations; as no cheap trial wins, its volume is kept only with all.
+    """
     fields = type(cell.sweep.solver).model_fields
-    defaults = {name: fields[name.removeprefix("solver.")].default for name in cell.space}
-    return settings.replace(cell.sweep, {**defaults, **params})
+    changes = {name: fields[name.removeprefix("solver.")].default for name in cell.space} | dict(params)
+    if fidelity < 1:
+        iterations = max(1, round(fidelity * cell.sweep.solver.iterations))
+        changes |= {"solver.iterations": iterations,
+                    "solver.record": [stop for stop in cell.sweep.solver.record if stop <= iterations],
+                    "output.save": "all" if cell.sweep.output.save == "all" else "none"}
+    return settings.replace(cell.sweep, changes)
 
 
 class RunFolder:

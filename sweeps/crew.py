@@ -9,15 +9,15 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Event:
-    """What a worker reports: the result of its trial, or (`lost`, a sentence) that it is gone."""
+    """What a worker reports: the results of its trials, in their order, or (`lost`, a sentence) that it is gone."""
 
     worker: str
-    result: dict[str, Any] | None = None
+    results: list[dict[str, Any]] | None = None
     lost: str | None = None
 
 
 class Workers(Protocol):
-    """Processes that answer messages (trials) with results, one at a time each; local, MPI, ...
+    """Processes that answer messages (lists of trials) with results, one message at a time each; local, MPI, ...
 
     Used in a `with` block, which they do not outlive.
     """
@@ -32,7 +32,7 @@ class Workers(Protocol):
         """Workers that can take a message now."""
 
     def submit(self, worker: str, message: dict[str, Any]) -> None:
-        """Hand a trial to an idle worker. A worker that dies of it is reported by `poll`."""
+        """Hand trials to an idle worker. A worker that dies of it is reported by `poll`."""
 
     def poll(self, timeout: float) -> list[Event]:
         """What has happened; waits at most `timeout` seconds for the first event."""

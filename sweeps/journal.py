@@ -3,7 +3,7 @@
 It is the truth; the atlas, the summary and the optimisers' states follow from it.
 
     {"event": "start", "tomoatlas", "commit", "host", "pid", "workers"}
-    {"event": "ask", "cell", "trial", "attempt", "kind", "params", "pending"}
+    {"event": "ask", "cell", "trial", "attempt", "kind", "fidelity", "params", "pending"}
     {"event": "result", "cell", "trial", "attempt", "status", "objective", ...}
     {"event": "lost", "cell", "trial", "attempt", "worker", "reason"}    # worker "": the whole run ended
     {"event": "again", "cell"}                                           # its rows so far are superseded
@@ -157,6 +157,11 @@ class Row:
         return self.ask["kind"] == "search" if searched else not self.ask["params"]
 
     @property
+    def fidelity(self) -> float:
+        """Share of the sweep's iterations that the trial has; below 1 it is cheap and cannot win."""
+        return float(self.ask.get("fidelity", 1.0))
+
+    @property
     def ok(self) -> bool:
         """Whether the trial has ended well."""
         return self.result is not None and self.result["status"] == "ok"
@@ -179,9 +184,9 @@ class CellHistory:
         return [trial for trial, row in self.rows.items() if row.result is None]
 
     def winner(self, searched: bool) -> Row | None:
-        """The best of the cell's own trials, the first of equals; None while there is none."""
+        """The best of the cell's own full trials, the first of equals; None while there is none."""
         rows = [self.rows[trial] for trial in sorted(self.rows)]
-        rows = [row for row in rows if row.ok and row.own(searched)]
+        rows = [row for row in rows if row.ok and row.own(searched) and row.fidelity == 1]
         return min(rows, key=lambda row: math.inf if row.objective is None else row.objective, default=None)
 
 

@@ -94,21 +94,26 @@ class Optimizer:
         return {"seed": self.seed, "initial": self.initial, "acquisition": self.acquisition,
                 "space": {key: repr(dimension) for key, dimension in self.space.items()},
                 "points": [list(point) for point in self._points], "objectives": list(self._objectives),
-                "kernel": _kernel(models[-1]).theta.tolist() if models else [],
+                "kernel": kernel_of(models[-1]).theta.tolist() if models else [],
                 "gains": list(map(float, getattr(self._real, "gains_", []))),
                 "nominees": [list(map(float, x)) for x in getattr(self._real, "next_xs_", [])]}
 
     def _proposals(self, waiting: list[Point], trial: int) -> Iterator[Point]:
-        """Candidates, best first: the design or the model's, then random ones, then all there are if finite."""
+        """Candidates, best first: the design or the model's, then what every search falls back on."""
         asked, dimensions = len(self._points) + len(waiting), self.space.values()
         if asked < self.initial or len(self._points) < self._enough:
             sobol = qmc.Sobol(len(self.space), scramble=True, rng=self.seed).random_base2(max(1, asked.bit_length()))
-            yield [_spread(*pair) for pair in zip(dimensions, sobol[asked], strict=True)]
+            yield [spread(*pair) for pair in zip(dimensions, sobol[asked], strict=True)]
         else:
             yield from self._modelled(waiting, trial)
+        yield from self._fallback(trial)
+
+    def _fallback(self, trial: int) -> Iterator[Point]:
+        """Random points, then all there are in a space without real numbers."""
+        dimensions = self.space.values()
         rng = np.random.default_rng([self.seed, len(self._points), trial])
         for row in rng.random((32, len(self.space))):
-            yield [_spread(*pair) for pair in zip(dimensions, row, strict=True)]
+            yield [spread(*pair) for pair in zip(dimensions, row, strict=True)]
         if all(dimension.integer or dimension.choices is not None for dimension in dimensions):
             yield from map(list, itertools.product(*map(_places, dimensions)))
 
@@ -116,9 +121,9 @@ class Optimizer:
         """The model's proposal, then what each acquisition nominated."""
         self._learn()
         model = self._real.models[-1]
-        copy = self._skopt(_kernel(model), "lbfgs", CANDIDATES, trial, optimizer=None)
+        copy = self._skopt(kernel_of(model), "lbfgs", CANDIDATES, trial, optimizer=None)
         copy.gains_ = getattr(self._real, "gains_", None)
-        with _one_thread(), warnings.catch_warnings():
+        with one_thread(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The objective has been evaluated", UserWarning)
             copy.tell(self._points + waiting, [*self._real.yi, *self._lies(model, waiting)])
             return [copy.ask(), *copy.space.inverse_transform(np.array(copy.next_xs_))]
@@ -134,9 +139,9 @@ class Optimizer:
     def _learn(self) -> None:
         """Tell scikit-optimize, one by one, the results that it does not know: its gains depend on the order."""
         real = self._real
-        with _one_thread():
+        with one_thread():
             for told in range(len(real.Xi) + 1, len(self._points) + 1):
-                *real.yi, newest = _standardised(self._objectives[:told])
+                *real.yi, newest = standardised(self._objectives[:told])
                 real.rng = np.random.RandomState(_seed(self.seed, told))
                 real.tell(self._points[told - 1], newest)
 
@@ -158,7 +163,7 @@ class Optimizer:
         return [_place(dimension, params[key]) for key, dimension in self.space.items()]
 
 
-def _standardised(objectives: Sequence[float | None]) -> list[float]:
+def standardised(objectives: Sequence[float | None]) -> list[float]:
     """Mean 0 and spread 1, failures at the worst value. Rounded, so that y and a y + b give the same bits."""
     real = np.array([y for y in objectives if y is not None])
     if not len(real) or np.ptp(real / np.abs(real).max(initial=1e-300)) == 0:
@@ -170,7 +175,7 @@ def _standardised(objectives: Sequence[float | None]) -> list[float]:
     return np.round((values - values.mean()) / values.std(), 9).tolist()
 
 
-def _kernel(model: Any) -> Any:
+def kernel_of(model: Any) -> Any:
     """The fitted kernel with its noise, which scikit-optimize's regressor takes out after the fit."""
     return model.kernel_.k1 + WhiteKernel(model.noise_, NOISE)
 
@@ -206,7 +211,7 @@ def _snap(dimension: Dimension, place: float) -> float:
     return _place(dimension, _value(dimension, place)) if dimension.integer else place
 
 
-def _spread(dimension: Dimension, uniform: float) -> float:
+def spread(dimension: Dimension, uniform: float) -> float:
     """A place from a number on [0, 1)."""
     return float(uniform) if dimension.choices is None else int(uniform * len(dimension.choices))
 
@@ -227,6 +232,6 @@ def _pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _one_thread() -> Any:
+def one_thread() -> Any:
     """Matrices of tens of rows are slower on many threads, and their sums would depend on how many."""
     return _pools().limit(limits=1)

@@ -29,9 +29,14 @@ def conflicts(sweep: Sweep) -> Iterator[Problem]:
     """What does not fit together in a sweep without a grid."""
     data, solver, search = sweep.data, sweep.solver, sweep.search
     yield from _phantom(data, sweep) if isinstance(data, Phantom) else _measured(data, sweep)
-    if tunables(sweep) and search.trials < search.initial:
+    if tunables(sweep) and search.strategy == "per_cell" and search.trials < search.initial:
         yield ("search", "trials"), (f"{search.trials} trials end before the {search.initial} initial ones; "
                                      f"write initial: {max(1, search.trials // 2)}")
+    together = search.batch if isinstance(search.batch, int) else 1
+    if tunables(sweep) and search.strategy == "shared" and search.trials < 3 * together:
+        words = "trial" if together == 1 else f"batch of {together}"
+        yield ("search", "trials"), (f"{search.trials} trials leave no full one: with strategy shared every third "
+                                     f"{words} is; write trials: {max(15, 3 * together)}")
     if solver.record and solver.record[-1] > solver.iterations:
         yield ("solver", "record", len(solver.record) - 1), (
             f"iteration {solver.record[-1]} is never reached; solver.iterations is {solver.iterations}")

@@ -31,6 +31,7 @@ SNR: dict[str, dict[str, float]] = {
     "cocuo": {"Co": 1.92, "Cu": 2.89, "O": 2.69, "Au": 1.96, "haadf": 2208.67},
     "conio": {"Co": 1.92, "Ni": 2.89, "O": 2.69, "haadf": 2208.67},
 }
+SHARED_TRIALS = 15  # docs/BENCHMARKS.md: the same map as with 30 full trials per cell
 Number = TypeVar("Number", int, float)
 
 
@@ -347,15 +348,27 @@ class Fused3D(Model):
 class Search(Model):
     """How the weights are searched, in each cell."""
 
-    trials: int = setting(30, "trials", "budget of the search in each cell", ge=1)
-    initial: int = setting(8, "trials", "first trials, which only spread out", ge=1)
+    strategy: Literal["per_cell", "shared"] = setting(
+        "per_cell", "-", "per_cell: each cell by itself, as in F3; shared: learns from neighbours and cheap trials")
+    trials: int = setting(30, "trials", "budget of the search in each cell; without it, shared takes 15", ge=1)
+    initial: int = setting(8, "trials", "first trials, which only spread out; shared: of neighbours together", ge=1)
     acquisition: Literal["gp_hedge", "EI", "LCB", "PI"] = setting("gp_hedge", "-", "what proposes a trial")
     objective: Literal["nrmse", "heldout"] = setting(
         "nrmse", "-", "what is minimised: nrmse against a truth, or the deviance of held-out maps")
     folds: int = setting(4, "-", "heldout: parts the maps are split into, each left out once", ge=2)
     order: Literal["free", "strict"] = setting(
         "free", "-", "free: from all that is known; strict: timing cannot change the atlas")
-    in_flight: int = setting(2, "trials", "trials of one cell that run at once, at most", ge=1)
+    in_flight: int = setting(2, "batches", "batches of one cell that run at once, at most", ge=1)
+    batch: Annotated[Annotated[int, Field(ge=1), _NUMBER] | Annotated[Literal["auto"], _WORD], _BY_SHAPE] = setting(
+        "auto", "trials", "trials of a cell solved at once on a device; auto: what fills a GPU, else 1")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fewer(cls, raw: Any) -> Any:
+        """Where cells share, two fifths of the trials, a third of them full, find what 30 full ones find alone."""
+        if not isinstance(raw, dict) or raw.get("strategy") != "shared":
+            return raw
+        return {"trials": SHARED_TRIALS} | raw
 
 
 class Output(Model):

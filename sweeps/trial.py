@@ -1,11 +1,12 @@
-"""The one function that runs on a worker: settings in, a row of the atlas out."""
+"""The one function that runs on a worker: settings in, rows of the atlas out."""
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +22,94 @@ from sweeps.settings import SettingsError, Sweep, dump, load
 
 Message = dict[str, Any]
 VOLUME_AXES = ("element", "z", "y", "x")
+EMPTY: dict[str, Any] = {"status": "ok", "objective": None, "metrics": {}, "elements": {}, "checkpoints": [],
+                         "iterations": 0, "seconds": 0.0, "batch": 1, "worker": "", "volume": None}
+TRACED = ("lambda_model", "lambda_chem", "lambda_tv", "gamma")  # what may differ in a batch
 Score = dict[str, Any]  # {"objective": float | None, "metrics": {...}, "elements": {name: {element: float}}}
 
 
-def run(message: Message) -> dict[str, Any]:
-    """Evaluate one trial: the message is what `sweeps.coordinator` submits, the result one of its journal's rows.
+def run(message: Message) -> list[dict[str, Any]]:
+    """Evaluate trials of one cell: the message is what `sweeps.coordinator` submits, a result a row of its journal.
 
-    A solve that fails, and data that cannot be read, give a row whose status is the sentence; nothing is raised.
+    Trials that a solver can take together are solved together, and share its seconds. A solve that fails, and data
+    that cannot be read, give a row whose status is the sentence; nothing is raised.
     """
-    begun = time.perf_counter()
-    result: dict[str, Any] = {key: message[key] for key in ("cell", "trial", "attempt")}
-    result |= {"status": "ok", "objective": None, "metrics": {}, "elements": {}, "checkpoints": [], "iterations": 0,
-               "seconds": 0.0, "worker": "", "volume": None}
+    trials = message["trials"]
+    rows = [{"cell": message["cell"], **{key: trial[key] for key in ("trial", "attempt")}, **EMPTY} for trial in trials]
+    batches: dict[str, list[tuple[int, Sweep]]] = {}
+    for k, trial in enumerate(trials):
+        try:
+            sweep = load(trial["settings"])
+            batches.setdefault(_alike(sweep), []).append((k, sweep))
+        except SettingsError as error:
+            rows[k]["status"] = str(error)
+    for batch in batches.values():
+        begun = time.perf_counter()
+        numbers, sweeps = zip(*batch, strict=True)
+        found = _rows(sweeps, Path(message["folder"]), [_volume_name(rows[k]) for k in numbers])
+        seconds = (time.perf_counter() - begun) / len(batch)
+        for k, row in zip(numbers, found, strict=True):
+            rows[k] |= {**row, "seconds": seconds, "batch": len(batch)}
+    return rows
+
+
+def _rows(sweeps: Sequence[Sweep], folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What a batch gives, trial by trial; where its data cannot be had, nothing but a status each."""
     try:
-        sweep = load(message["settings"])
-        solution, scored = _evaluate(sweep, Path(message["folder"]))
-        result |= scored
-        result["iterations"] = int(solution.metrics["iterations"])
-        if not solution.ok:
-            result |= {"status": solution.status, "objective": None}
-        elif sweep.output.save != "none":
-            result["volume"] = _write_volume(message, sweep, solution)
-    except (DataError, SettingsError) as error:
-        result["status"] = str(error)
-    result["seconds"] = time.perf_counter() - begun
-    return result
+        rows = []
+        for sweep, name, (solution, scored) in zip(sweeps, names, _evaluate(sweeps, folder), strict=True):
+            row = {"status": "ok", **scored, "iterations": int(solution.metrics["iterations"])}
+            if not solution.ok:
+                row |= {"status": solution.status, "objective": None}
+            elif row["status"] == "ok" and sweep.output.save != "none":
+                row["volume"] = _write_volume(folder, name, sweep, solution)
+            rows.append(row)
+        return rows
+    except DataError as error:
+        return [{"status": str(error)} for _ in sweeps]
 
 
-def _evaluate(sweep: Sweep, folder: Path) -> tuple[Solution, dict[str, Any]]:
+def _alike(sweep: Sweep) -> str:
+    """Equal for trials that share data and differ in numbers that a compiled solver takes as they come."""
+    settings = dump(sweep)
+    settings["solver"] |= dict.fromkeys(TRACED)
+    return str((settings, stages.key("data", _inputs(sweep))))
+
+
+def _solve_batch(data: MultiModal, settings: Sequence[fused3d.Settings], *, checkpoints: Sequence[int] = (),
+                 observe: Callable[[int, int, np.ndarray], None] | None = None,
+                 held_out: tuple[int, ...] = ()) -> list[Solution]:
+    """Solve for several settings that differ in TRACED; observe(which of them, iteration, volume)."""
+    return [fused3d.reconstruct(data, each, checkpoints=checkpoints, held_out=held_out,
+                                observe=None if observe is None else partial(observe, k))
+            for k, each in enumerate(settings)]
+
+
+def _evaluate(sweeps: Sequence[Sweep], folder: Path) -> list[tuple[Solution, dict[str, Any]]]:
+    """Solutions and scores of trials that are `_alike`."""
+    sweep = sweeps[0]
     data = prepared(sweep, folder)
     if sweep.search.objective == "nrmse" and data.truth is None:
         raise DataError("the objective nrmse needs a truth; give data.truth, or search.objective: heldout")
-    stops: dict[int, Score] = {}
-    solution = fused3d.reconstruct(data, solver_settings(sweep), checkpoints=sweep.solver.record,
-                                   observe=lambda n, volume: stops.update({n: _against_truth(volume, data)}))
-    score = _against_truth(solution.volume, data)
+    passed: list[dict[int, Score]] = [{} for _ in sweeps]
+    solutions = _solve_batch(data, [solver_settings(each) for each in sweeps], checkpoints=sweep.solver.record,
+                             observe=lambda k, n, volume: passed[k].update({n: _against_truth(volume, data)}))
+    ends = [_against_truth(solution.volume, data) for solution in solutions]
     if sweep.search.objective == "heldout":
-        held, stopped = _held_out(sweep, data)
-        score = _merged(score, held)
-        stops = {n: _merged(stops[n], stopped[n]) for n in sorted(stops.keys() & stopped.keys())}
+        for k, (held, stopped) in enumerate(_held_out(sweeps, data)):
+            ends[k] = _merged(ends[k], held)
+            passed[k] = {n: _merged(passed[k][n], stopped[n]) for n in sorted(passed[k].keys() & stopped.keys())}
+    return [_stopped(each[0], data, *each[1:]) for each in zip(sweeps, solutions, ends, passed, strict=True)]
+
+
+def _stopped(sweep: Sweep, data: MultiModal, solution: Solution, score: Score,
+             stops: dict[int, Score]) -> tuple[Solution, dict[str, Any]]:
+    """A trial's solution and score with its checkpoints.
+
+    ML and SIRT are as good as the iteration they are stopped at: their volume and score are the best one's.
+    """
     scored = [n for n in stops if stops[n]["objective"] is not None]
     if sweep.solver.method in MAPS_ONLY and scored:
-        # ML and SIRT are as good as the iteration they are stopped at: the volume and the score are the best one's.
         best = min(scored, key=lambda n: stops[n]["objective"])
         score = {**stops[best], "metrics": {**stops[best]["metrics"], "best_iteration": best}}
         if best < solution.metrics["iterations"]:
@@ -73,30 +120,38 @@ def _evaluate(sweep: Sweep, folder: Path) -> tuple[Solution, dict[str, Any]]:
 
 def _merged(truth: Score, held: Score) -> Score:
     """The score against a truth, if there is one, with the held-out deviance as the objective."""
-    return {"objective": held["objective"], "metrics": truth["metrics"] | held["metrics"],
-            "elements": truth["elements"]}
+    return {**held, "metrics": truth["metrics"] | held["metrics"], "elements": truth["elements"]}
 
 
-def _held_out(sweep: Sweep, data: MultiModal) -> tuple[Score, dict[int, Score]]:
-    """Deviance per pixel of maps that the solve has not seen, at the end and at each checkpoint.
+def _held_out(sweeps: Sequence[Sweep], data: MultiModal) -> list[tuple[Score, dict[int, Score]]]:
+    """Per trial: the deviance per pixel of maps that the solve has not seen, at the end and at each checkpoint.
 
-    Every k-th tilt in turn is left out, k = search.folds.
+    Every k-th tilt in turn is left out, k = search.folds. A trial with a fold that fails has that as its status.
     """
-    folds = sweep.search.folds
-    found: dict[int, list[float]] = {n: [] for n in sweep.solver.record}
-    last: list[float] = []
+    folds, record = sweeps[0].search.folds, sweeps[0].solver.record
+    last: list[list[float]] = [[] for _ in sweeps]
+    found: list[dict[int, list[float]]] = [{n: [] for n in record} for _ in sweeps]
+    wrong: dict[int, str] = {}
     for fold in range(folds):
         out = tuple(range(fold, data.chem.tilts, folds))
-        volumes: dict[int, np.ndarray] = {}
-        solution = fused3d.reconstruct(data, solver_settings(sweep), checkpoints=sweep.solver.record,
-                                       observe=volumes.__setitem__, held_out=out)
-        if not solution.ok:
-            raise DataError(f"without maps {', '.join(map(str, out))}: {solution.status}")
-        sensitivity = sensitivities(solution, data)
-        for n, volume in volumes.items():
-            found[n].append(deviance(data, volume, sensitivity, out))
-        last.append(deviance(data, solution.volume, sensitivity, out))
-    return _summary(last), {n: _summary(values) for n, values in found.items()}
+        volumes: list[dict[int, np.ndarray]] = [{} for _ in sweeps]
+
+        def keep(k: int, n: int, volume: np.ndarray, into: list[dict[int, np.ndarray]] = volumes) -> None:
+            into[k][n] = volume
+
+        solutions = _solve_batch(data, [solver_settings(sweep) for sweep in sweeps], checkpoints=record, observe=keep,
+                                 held_out=out)
+        for k, solution in enumerate(solutions):
+            if not solution.ok:
+                wrong.setdefault(k, f"without maps {', '.join(map(str, out))}: {solution.status}")
+            sensitivity = sensitivities(solution, data)
+            for n, volume in volumes[k].items():
+                found[k][n].append(deviance(data, volume, sensitivity, out))
+            last[k].append(deviance(data, solution.volume, sensitivity, out))
+    failed: Score = {"objective": None, "metrics": {}, "elements": {}}
+    return [({**failed, "status": wrong[k]}, {}) if k in wrong
+            else (_summary(last[k]), {n: _summary(values) for n, values in found[k].items()})
+            for k in range(len(sweeps))]
 
 
 def _summary(folds: list[float]) -> Score:
@@ -143,14 +198,20 @@ def solver_settings(sweep: Sweep) -> fused3d.Settings:
 
 def prepared(sweep: Sweep, folder: Path) -> MultiModal:
     """A cell's data: simulated or read once, then kept in memory and, simulated, under stages/."""
-    data = sweep.data
-    inputs = {"data": dump(sweep)["data"], "seed": sweep.seed}
+    data, inputs = sweep.data, _inputs(sweep)
     if isinstance(data, Measured):
         return _Recent.get(stages.key("measured", inputs), lambda: stages.measured_data(data))
     simulated = data
-    gamma = simulated.gamma if simulated.gamma is not None else sweep.solver.gamma
-    inputs |= {"gamma": gamma, "weights": sweep.solver.weights}
     return _Recent.get(stages.key("simulated", inputs), lambda: _simulate(simulated, folder, inputs))
+
+
+def _inputs(sweep: Sweep) -> dict[str, Any]:
+    """All that a cell's data follow from."""
+    inputs = {"data": dump(sweep)["data"], "seed": sweep.seed}
+    if isinstance(sweep.data, Measured):
+        return inputs
+    gamma = sweep.data.gamma if sweep.data.gamma is not None else sweep.solver.gamma
+    return inputs | {"gamma": gamma, "weights": sweep.solver.weights}
 
 
 class _Recent:
@@ -200,12 +261,15 @@ def _simulate(data: Phantom, folder: Path, inputs: dict[str, Any]) -> MultiModal
     return MultiModal(maps, images, tuple(elements.values()), (data.size,) * 3, arrays["sensitivity"], volume)
 
 
-def _write_volume(message: Message, sweep: Sweep, solution: Solution) -> str:
-    """The solution as a Zarr group of this trial alone; returns its path within the run folder."""
+def _volume_name(row: dict[str, Any]) -> str:
+    return f"volumes/{row['cell']}-{row['trial']}-{row['attempt']}.zarr"
+
+
+def _write_volume(folder: Path, name: str, sweep: Sweep, solution: Solution) -> str:
+    """The solution as a Zarr group of one trial alone; returns its path within the run folder."""
     import zarr
 
-    name = f"volumes/{message['cell']}-{message['trial']}-{message['attempt']}.zarr"
-    group = zarr.open_group(Path(message["folder"]) / name, mode="w", zarr_format=3)
+    group = zarr.open_group(folder / name, mode="w", zarr_format=3)
     volume = solution.volume
     group.create_array("volume", data=volume, chunks=(1, *volume.shape[1:]),
                        dimension_names=VOLUME_AXES)
@@ -215,7 +279,7 @@ def _write_volume(message: Message, sweep: Sweep, solution: Solution) -> str:
         group.create_array(f"field_{field}", data=array, dimension_names=tuple(names))
     for term, values in solution.history.items():
         group.create_array(f"history_{term}", data=values.astype(np.float64), dimension_names=("iteration",))
-    data = prepared(sweep, Path(message["folder"]))
+    data = prepared(sweep, folder)
     group.attrs.update({"elements": list(data.chem.elements), "voxel_nm": data.chem.pixel_size,
                         "metrics": solution.metrics, "status": solution.status})
     return name

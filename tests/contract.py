@@ -16,9 +16,15 @@ Maker = Callable[[str], Workers]
 
 def message(trial: int, folder: Path, attempt: int = 0) -> dict[str, Any]:
     """A trial as the coordinator sends it."""
+    return batch([trial], folder, attempt)
+
+
+def batch(trials: list[int], folder: Path, attempt: int = 0) -> dict[str, Any]:
+    """Several trials as the coordinator sends them."""
     solver = {"lambda_model": 1.0, "lambda_tv": 1.0, "method": "fused", "iterations": 10, "record": []}
-    return {"cell": "all", "trial": trial, "attempt": attempt, "kind": "search", "params": {},
-            "settings": {"solver": solver, "data": {"chem_tilts": 5}}, "folder": str(folder)}
+    asked = {"attempt": attempt, "kind": "search", "params": {},
+             "settings": {"solver": solver, "data": {"chem_tilts": 5}}}
+    return {"cell": "all", "folder": str(folder), "trials": [{"trial": trial, **asked} for trial in trials]}
 
 
 def until(crew: Workers, met: Callable[[], bool], seconds: float = 60.0) -> list[Event]:
@@ -43,7 +49,7 @@ def answers(crew: Workers, messages: list[dict[str, Any]]) -> dict[int, Event]:
                 at_work[worker] = todo.pop(0)
                 crew.submit(worker, at_work[worker])
         for event in crew.poll(0.05):
-            found[at_work.pop(event.worker)["trial"]] = event
+            found[at_work.pop(event.worker)["trials"][0]["trial"]] = event
     return found
 
 
@@ -54,7 +60,7 @@ def every_message_is_answered_by_its_worker(make: Maker, folder: Path) -> None:
         assert sorted(crew.idle()) == sorted(crew.names())
         found = answers(crew, [message(trial, folder) for trial in range(20)])
         assert sorted(found) == list(range(20))
-        assert all(event.lost is None and event.result["trial"] == trial for trial, event in found.items())
+        assert all(event.lost is None and event.results[0]["trial"] == trial for trial, event in found.items())
         assert {event.worker for event in found.values()} == set(crew.names())
 
 
@@ -76,11 +82,11 @@ def illness_is_a_status_and_chatter_goes_to_the_log(make: Maker, folder: Path) -
     with make("ill") as crew:
         crew.start(folder)
         found = answers(crew, [message(trial, folder) for trial in (0, 1, 2, 5, 6)])
-        statuses = {trial: event.result["status"] for trial, event in found.items()}
+        statuses = {trial: event.results[0]["status"] for trial, event in found.items()}
         assert statuses[0] == statuses[5] == statuses[6] == "ok"
         assert statuses[1] == "the cost rose; lower lambda_tv"
         assert statuses[2].startswith("ValueError: lambda_tv is too much (evaluators.py:")
-        assert found[5].result["objective"] is None and found[5].result["metrics"] == {"nrmse": None}
+        assert found[5].results[0]["objective"] is None and found[5].results[0]["metrics"] == {"nrmse": None}
     logs = "".join(path.read_text(errors="replace") for path in (folder / "logs").glob("worker-*.log"))
     assert "neither is this" in logs and "is not for the coordinator" in logs and "Traceback" in logs
 
@@ -89,8 +95,16 @@ def an_answer_that_is_no_result_is_a_status(make: Maker, folder: Path) -> None:
     with make("odd") as crew:
         crew.start(folder)
         found = answers(crew, [message(0, folder), message(1, folder)])
-        assert found[0].result["status"] == "ok"
-        assert "the evaluation returned set, not a result" in found[1].result["status"]
+        assert found[0].results[0]["status"] == "ok"
+        assert "the evaluation returned set, not a list of results" in found[1].results[0]["status"]
+
+
+def a_trial_that_fails_does_not_fail_its_batch(make: Maker, folder: Path) -> None:
+    with make("ill") as crew:
+        crew.start(folder)
+        results = answers(crew, [batch([0, 1, 2, 6], folder)])[0].results
+        assert results is not None and [result["status"][:10] for result in results] == [
+            "ok", "the cost r", "ValueError", "ok"]
 
 
 def waiting_costs_no_processor_time(make: Maker, folder: Path) -> None:
@@ -108,15 +122,16 @@ def waiting_costs_no_processor_time(make: Maker, folder: Path) -> None:
 def long_messages_arrive_whole(make: Maker, folder: Path) -> None:
     with make("echo") as crew:
         crew.start(folder)
-        long = {**message(0, folder), "params": {"angles": [i / 7 for i in range(50_000)]}}
-        assert answers(crew, [long])[0].result["params"] == long["params"]
+        long = message(0, folder)
+        long["trials"][0]["params"] = {"angles": [i / 7 for i in range(50_000)]}
+        assert answers(crew, [long])[0].results[0]["params"] == long["trials"][0]["params"]
 
 
 def workers_that_cannot_import_their_evaluation_are_no_workers(make: Maker, folder: Path) -> None:
     with make("missing") as crew:
         crew.start(folder)
         events = until(crew, lambda: not crew.names())
-        assert all(event.result is None and "missing" in event.lost for event in events) and len(events) == 2
+        assert all(event.results is None and "missing" in event.lost for event in events) and len(events) == 2
 
 
 def a_rank_that_falls_silent_is_lost(make: Maker, folder: Path) -> None:
@@ -134,6 +149,7 @@ CHECKS = {check.__name__: check for check in (
     a_busy_worker_is_not_idle_and_the_quick_do_not_wait_for_the_slow,
     illness_is_a_status_and_chatter_goes_to_the_log,
     an_answer_that_is_no_result_is_a_status,
+    a_trial_that_fails_does_not_fail_its_batch,
     waiting_costs_no_processor_time,
     long_messages_arrive_whole,
     workers_that_cannot_import_their_evaluation_are_no_workers,

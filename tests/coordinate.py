@@ -18,13 +18,14 @@ WEIGHT = {"low": 1e-3, "high": 1e3, "scale": "log"}
 
 
 def sweep(trials: int = 6, order: str = "free", save: str = "best", axes: dict[str, list[Any]] | None = None,
-          initial: int = 3, **solver: Any) -> Sweep:
+          initial: int = 3, search: dict[str, Any] | None = None, **solver: Any) -> Sweep:
     """A small sweep: with no `axes` 2 x 2 cells, one row of them conventional."""
     axes = {"haadf_tilts": [0, 9], "chem_tilts": [3, 5]} if axes is None else axes
     return settings.load({
         "name": "small", "data": {"phantom": "cocuo", "size": 16}, "grid": axes,
         "solver": {"iterations": 10, "lambda_model": WEIGHT, "lambda_tv": WEIGHT, **solver},
-        "search": {"trials": trials, "initial": min(initial, trials), "order": order, "acquisition": "EI"},
+        "search": {"trials": trials, "initial": min(initial, trials), "order": order, "acquisition": "EI",
+                   **(search or {})},
         "output": {"save": save}})
 
 

@@ -1,9 +1,11 @@
 """Evaluations for tests: quick, without JAX or the engine, and ill in every way a worker can be ill."""
 
+import functools
 import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,18 @@ import zarr
 Message = dict[str, Any]
 
 
-def landscape(message: Message) -> dict[str, Any]:
+def each(evaluate: Callable[[Message], Any]) -> Callable[[Message], Any]:
+    """An evaluation of one trial as one of a message: the trials one after the other."""
+
+    @functools.wraps(evaluate)
+    def evaluated(message: Message) -> Any:
+        shared = {"cell": message["cell"], "folder": message["folder"], "batch": len(message["trials"])}
+        return [evaluate({**trial, **shared}) for trial in message["trials"]]
+
+    return evaluated
+
+
+def _landscape(message: Message) -> dict[str, Any]:
     """A smooth valley in log10 of the weights, deeper with more tilts; a few ms, the same anywhere."""
     time.sleep(0.004)
     solver, data = message["settings"]["solver"], message["settings"]["data"]
@@ -29,13 +42,17 @@ def landscape(message: Message) -> dict[str, Any]:
         "checkpoints": [{"iterations": n, "objective": objective + 1 / n - 1 / solver["iterations"],
                          "metrics": {}, "elements": {}}
                         for n in solver["record"]],
-        "iterations": solver["iterations"], "seconds": 0.004, "worker": "", "volume": None,
+        "iterations": solver["iterations"], "seconds": 0.004, "batch": message["batch"], "worker": "", "volume": None,
     }
 
 
+landscape = each(_landscape)
+
+
+@each
 def with_volume(message: Message) -> dict[str, Any]:
     """The landscape, and a volume that tells its trial."""
-    result = landscape(message)
+    result = _landscape(message)
     name = f"volumes/{message['cell']}-{message['trial']}-{message['attempt']}.zarr"
     group = zarr.open_group(Path(message["folder"]) / name, mode="w", zarr_format=3)
     group.create_array("volume", data=np.full((2, 4, 5, 6), 1 + message["trial"], "f4"), chunks=(1, 4, 5, 6),
@@ -44,25 +61,45 @@ def with_volume(message: Message) -> dict[str, Any]:
     return {**result, "volume": name}
 
 
+@each
+def flattering(message: Message) -> dict[str, Any]:
+    """The landscape, but the fewer the iterations the better it looks."""
+    result = _landscape(message)
+    return {**result, "objective": result["objective"] + result["iterations"]}
+
+
+@each
+def deadly(message: Message) -> dict[str, Any]:
+    """Trial 4 kills its worker, and with it what is solved beside it."""
+    if message["trial"] == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _landscape(message)
+
+
+@each
 def paced(message: Message) -> dict[str, Any]:
     """The landscape, slow enough to be killed in."""
     time.sleep(0.03)
-    return landscape(message)
+    return _landscape(message)
 
 
-def slow(message: Message) -> dict[str, Any]:
+def _slow(message: Message) -> dict[str, Any]:
     """The landscape after half a second."""
     time.sleep(0.5)
-    return landscape(message)
+    return _landscape(message)
 
 
+slow = each(_slow)
+
+
+@each
 def ill(message: Message) -> dict[str, Any]:
     """Trials 1 to 5 are ill in a way of their own; all print to where results go."""
     trial, attempt = message["trial"], message["attempt"]
     print('{"event": "result"} is not for the coordinator')
     os.write(1, b"\x00\xff neither is this\n")
     if trial == 1:
-        return {**landscape(message), "status": "the cost rose; lower lambda_tv", "objective": None}
+        return {**_landscape(message), "status": "the cost rose; lower lambda_tv", "objective": None}
     if trial == 2:
         raise ValueError("lambda_tv\nis too much")
     if trial == 3 and attempt < 2:
@@ -70,33 +107,37 @@ def ill(message: Message) -> dict[str, Any]:
     if trial == 4:
         os.kill(os.getpid(), signal.SIGKILL)  # never comes back
     if trial == 5:
-        return {**landscape(message), "objective": math.nan, "metrics": {"nrmse": np.float32("inf")}}
-    return landscape(message)
+        return {**_landscape(message), "objective": math.nan, "metrics": {"nrmse": np.float32("inf")}}
+    return _landscape(message)
 
 
 def odd(message: Message) -> Any:
     """No result at all."""
-    return {1, 2} if message["trial"] == 1 else landscape(message)
+    return {1, 2} if message["trials"][0]["trial"] == 1 else landscape(message)
 
 
+@each
 def stuck(message: Message) -> dict[str, Any]:
     """All but the first trial of a cell last a minute."""
     time.sleep(60 if message["trial"] else 0)
-    return landscape(message)
+    return _landscape(message)
 
 
+@each
 def frozen(message: Message) -> dict[str, Any]:
     """A worker that neither lives nor dies in trial 1."""
     if message["trial"] == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
-    return landscape(message)
+    return _landscape(message)
 
 
+@each
 def slow_or_quick(message: Message) -> dict[str, Any]:
     """Odd trials are slow."""
-    return slow(message) if message["trial"] % 2 else landscape(message)
+    return _slow(message) if message["trial"] % 2 else _landscape(message)
 
 
+@each
 def echo(message: Message) -> dict[str, Any]:
-    """The message, as a result."""
+    """The trial, as a result."""
     return {**message, "status": "ok", "objective": 0.0}

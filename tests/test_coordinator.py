@@ -15,9 +15,10 @@ from collections import Counter
 import pytest
 
 from sweeps import grid, journal
-from sweeps.coordinator import CellSearch, Observer
+from sweeps.coordinator import Observer
 from sweeps.grid import cells
 from sweeps.journal import History, RunError
+from sweeps.search import searches
 from tests.coordinate import coordinate, sweep
 from tests.test_workers import MPIEXEC, needs_mpi
 
@@ -50,8 +51,7 @@ def figures(folder):
 
 def replayed(chosen, log):
     """Searches of every cell that know only the journal."""
-    history = History(log)
-    return {cell.id: CellSearch(cell, history.cell(cell.id)) for cell in cells(chosen)}
+    return searches(cells(chosen), History(log))
 
 
 def assert_whole(folder, chosen):
@@ -59,10 +59,10 @@ def assert_whole(folder, chosen):
     planned = {(cell.id, trial) for cell in cells(chosen) for trial in range(grid.trials(cell))}
     assert Counter(map(place, events(folder, "result"))) == Counter(planned)
     log, history = journal.read(folder / "journal.jsonl")[0], History()
-    searches = {cell.id: CellSearch(cell, history.cell(cell.id)) for cell in cells(chosen)}
+    replay = searches(cells(chosen), history)
     for event in log:
         if event["event"] == "ask" and event["attempt"] == 0:
-            expected = searches[event["cell"]].propose()
+            expected = replay[event["cell"]].propose()
             assert expected == {key: event[key] for key in expected}
         history.apply(event)
 

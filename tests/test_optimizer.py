@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sweeps.grid import Dimension
-from sweeps.optimizer import Optimizer, SpaceExhausted, _standardised
+from sweeps.optimizer import Optimizer, SpaceExhausted, standardised
 from tests.bench_optimizer import SPACE, Landscape, Listed, search
 
 MIXED = {"weight": Dimension(1e-9, 1e-5, "log"), "inner": Dimension(2, 9, integer=True),
@@ -109,9 +109,9 @@ def test_a_failure_counts_as_the_worst_value_seen(failure):
 
 
 def test_a_later_worse_value_is_the_failures_value_too():
-    values = _standardised([1.0, None, 2.0, 2.5])
+    values = standardised([1.0, None, 2.0, 2.5])
     assert values[1] == values[3] == max(values) and np.mean(values) == pytest.approx(0, abs=1e-8)
-    assert _standardised([None, None]) == _standardised([3.0, None]) == [0.0, 0.0]
+    assert standardised([None, None]) == standardised([3.0, None]) == [0.0, 0.0]
 
 
 def test_an_optimiser_that_has_seen_nothing_but_failures_goes_on():

@@ -13,7 +13,7 @@ from sweeps.schema import Fused3D
 from sweeps.settings import dump, load
 
 KEYS = {"cell", "trial", "attempt", "status", "objective", "metrics", "elements", "checkpoints", "iterations",
-        "seconds", "worker", "volume"}
+        "seconds", "batch", "worker", "volume"}
 ELEMENTS = ("Co", "Cu", "O", "Au")
 
 
@@ -25,14 +25,22 @@ def settings(**changes):
     return load({"name": "t", "data": data, "solver": solver, "output": {"save": "all"}}, overrides)
 
 
-def message(folder, sweep=None, number=0, attempt=0):
-    return {"cell": "all", "trial": number, "attempt": attempt, "kind": "search", "params": {},
-            "settings": dump(sweep or settings()), "folder": str(folder)}
+def message(folder, *sweeps, number=0, attempt=0):
+    """A batch of trials, numbered from `number`."""
+    asked = {"attempt": attempt, "kind": "search", "params": {}}
+    return {"cell": "all", "folder": str(folder), "trials": [
+        {"trial": number + k, **asked, "settings": dump(sweep)} for k, sweep in enumerate(sweeps or [settings()])]}
+
+
+def run(sent):
+    """The row of a message of one trial."""
+    row, = trial.run(sent)
+    return row
 
 
 def evaluate(folder, number=0, **changes):
     """The row of a trial, after the journey through JSON that messages and rows make."""
-    result = trial.run(json.loads(json.dumps(message(folder, settings(**changes), number))))
+    result = run(json.loads(json.dumps(message(folder, settings(**changes), number=number))))
     return json.loads(json.dumps(result))
 
 
@@ -79,7 +87,7 @@ def test_nothing_is_written_where_nothing_is_kept(tmp_path):
 
 
 def test_volumes_of_trials_do_not_collide(tmp_path):
-    names = {trial.run(message(tmp_path, None, number, attempt))["volume"]
+    names = {run(message(tmp_path, number=number, attempt=attempt))["volume"]
              for number in (0, 1) for attempt in (0, 1)}
     assert len(names) == 4 and all((tmp_path / name).is_dir() for name in names)
 
@@ -193,7 +201,7 @@ def measured(tmp_path, tiny):
 
 
 def test_measured_data_are_scored_by_heldout_maps(measured):
-    row = trial.run(measured())
+    row = run(measured())
     assert row["status"] == "ok" and np.isfinite(row["objective"]) and row["elements"] == {}
     assert "nrmse" not in row["metrics"]
 
@@ -201,13 +209,13 @@ def test_measured_data_are_scored_by_heldout_maps(measured):
 def test_measured_data_with_a_truth_are_scored_against_it(measured, tiny):
     truth = {"path": "series.npz", "key": "truth", "axes": ["element", "z", "y", "x"]}
     known = dict(zip(ELEMENTS, map(float, tiny.sensitivity), strict=True))
-    row = trial.run(measured(truth=truth, sensitivity=known))
+    row = run(measured(truth=truth, sensitivity=known))
     assert row["status"] == "ok" and 0 < row["objective"] < 1.2
     assert set(row["elements"]["nrmse"]) == set(ELEMENTS)
 
 
 def test_data_that_cannot_be_read_give_a_status(measured):
-    row = trial.run(measured(path="missing.npz"))
+    row = run(measured(path="missing.npz"))
     assert row["objective"] is None and row["volume"] is None and row["seconds"] > 0
     assert "missing.npz" in row["status"]
 
@@ -222,9 +230,59 @@ def test_a_solve_that_fails_gives_a_status(tmp_path, monkeypatch):
         return solution
 
     monkeypatch.setattr(fused3d, "reconstruct", fails)
-    row = trial.run(message(tmp_path))
+    row = run(message(tmp_path))
     assert row["status"] == "stopped at iteration 3: the cost is not finite"
     assert row["objective"] is None and row["volume"] is None
+
+
+# ---- Batches
+
+
+def test_a_batch_gives_the_rows_that_its_trials_give_alone(tmp_path):
+    chosen = [settings(solver__lambda_tv=tv) for tv in (0.1, 0.3, 1.0)]
+    together = trial.run(message(tmp_path, *chosen))
+    for k, (row, sweep) in enumerate(zip(together, chosen, strict=True)):
+        alone = run(message(tmp_path / "alone", sweep, number=k))
+        assert (row["trial"], row["batch"], alone["batch"], row["status"]) == (k, 3, 1, "ok")
+        assert row["objective"] == pytest.approx(alone["objective"], rel=1e-4)
+        volumes = [zarr.open_group(folder / each["volume"], mode="r")["volume"][:]
+                   for folder, each in ((tmp_path, row), (tmp_path / "alone", alone))]
+        np.testing.assert_allclose(*volumes, atol=1e-3)
+    assert len({row["objective"] for row in together}) == 3
+
+
+def test_only_trials_that_differ_in_traced_numbers_are_solved_together(tmp_path):
+    chosen = [settings(), settings(solver__lambda_tv=1.0), settings(solver__inner=2), settings(solver__gamma=1.4),
+              settings(solver__iterations=5)]
+    assert [row["batch"] for row in trial.run(message(tmp_path, *chosen))] == [2, 2, 1, 1, 1]
+    known = [settings(data__gamma=1.6), settings(data__gamma=1.6, solver__gamma=1.4)]
+    assert [row["batch"] for row in trial.run(message(tmp_path, *known))] == [2, 2]
+
+
+@pytest.mark.parametrize("objective", ["nrmse", "heldout"])
+def test_a_solve_that_fails_does_not_fail_its_batch(objective, tmp_path, monkeypatch):
+    solved = trial._solve_batch
+
+    def fails(*args, **kwargs):
+        solutions = solved(*args, **kwargs)
+        object.__setattr__(solutions[1], "ok", False)
+        object.__setattr__(solutions[1], "status", "stopped at iteration 3: the cost is not finite")
+        return solutions
+
+    monkeypatch.setattr(trial, "_solve_batch", fails)
+    rows = trial.run(message(tmp_path, *(settings(solver__lambda_tv=tv, search__objective=objective)
+                                         for tv in (0.1, 0.3, 1.0))))
+    assert [row["status"] == "ok" for row in rows] == [True, False, True]
+    assert "the cost is not finite" in rows[1]["status"]
+    assert rows[1]["objective"] is None and rows[1]["volume"] is None
+    assert all(np.isfinite(rows[k]["objective"]) and rows[k]["volume"] for k in (0, 2))
+
+
+def test_settings_that_are_wrong_do_not_fail_their_batch(tmp_path):
+    sent = message(tmp_path, settings(), settings(solver__lambda_tv=1.0))
+    sent["trials"][0]["settings"]["solver"]["lambda_tv"] = -1.0
+    first, second = trial.run(sent)
+    assert "must be above 0" in first["status"] and second["status"] == "ok"
 
 
 # ---- Names

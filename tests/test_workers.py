@@ -42,9 +42,9 @@ def test_a_local_worker_that_dies_is_reported_and_replaced(trial, how, tmp_path)
     with local("ill") as crew:
         crew.start(tmp_path)
         found = answers(crew, [message(0, tmp_path), message(trial, tmp_path)])
-        assert found[trial].result is None and how in found[trial].lost
+        assert found[trial].results is None and how in found[trial].lost
         until(crew, lambda: len(crew.idle()) == 2)
-        assert answers(crew, [message(6, tmp_path), message(7, tmp_path)])[7].result["status"] == "ok"
+        assert answers(crew, [message(6, tmp_path), message(7, tmp_path)])[7].results[0]["status"] == "ok"
 
 
 def test_an_idle_local_worker_that_is_killed_is_replaced(tmp_path):
