@@ -1,7 +1,8 @@
 # Each target sets up .venv by itself, once; after a change of pyproject.toml it is brought up to date.
 #   make run     the quickstart sweep: two workers over MPI, a few minutes, ends with a table and runs/quickstart/
 #   make test    all tests, the slow ones too (PYTEST="-m 'not slow'" leaves them out)
-#   make bench   the solver against plain proximal gradient and FISTA; the optimiser against its rivals
+#   make bench   all measurements on this machine's cores, about an hour, into docs/BENCHMARKS.md
+#   make bench-gpu  the same for the kernels and solves on a GPU
 #   make lint    ruff and mypy
 SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -9,7 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 PYTEST ?=
 
-.PHONY: run test bench lint clean
+.PHONY: run test bench bench-gpu lint clean
 run: .venv/run.stamp
 	$(BIN)/mpiexec -n 3 $(BIN)/tomoatlas run configs/quickstart.yaml
 
@@ -17,7 +18,11 @@ test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
 
 bench: .venv/dev.stamp
-	set -e; for bench in tests/bench_*.py; do $(BIN)/python -m tests.$$(basename $$bench .py); done
+	set -e; for bench in $(filter-out tests/bench_gpu.py,$(wildcard tests/bench_*.py)); do \
+		$(BIN)/python -m tests.$$(basename $$bench .py); done
+
+bench-gpu: .venv/gpu.stamp
+	$(BIN)/python -m tests.bench_gpu
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
@@ -40,3 +45,7 @@ $(BIN)/python:
 	@echo "Installing into .venv with what the tests need (once) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mpi,mpich,files,dev]'
 	@touch $@ .venv/run.stamp
+
+.venv/gpu.stamp: .venv/dev.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cuda12]'
+	@touch $@

@@ -2,48 +2,113 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Nanoseconds per unit of work: a projection or back projection per voxel and tilt, a TV dual step per voxel and
-# element, and the rest of an iteration per voxel and element.
-# One core with AVX-512 at 2.6 GHz, measured at 64^3 x 4 elements, 47 + 9 tilts: 52 ms per iteration with 4 TV steps.
-# Volumes that leave the cache take up to twice as long.
-CORE_NS = {"projection": 0.2, "tv": 9.0, "rest": 8.0}
-# An H200, not measured: from its 4.8 TB/s, about 4 ms per iteration at 256^3 x 4 elements, bound by the traffic of TV.
-GPU_NS = {"projection": 0.001, "tv": 0.012, "rest": 0.01}
-_SINGLE = 4  # bytes of a float32
+from engine.tilts import bucket
+
+_SINGLE = 4  # bytes of a number
+# Volumes (all elements) that XLA keeps beside state and problem while a step runs: its memory analysis of the compiled
+# loop at 32^3 to 48^3, which tests/test_estimate.py repeats. A GPU's fusions may need less.
+_WORKING = {"fused": 12.0, "chem_tv": 5.2, "plain": 4.4, "fista": 4.9, "ml": 2.9, "sirt": 3.0}
+# Relative work: of a projection or back projection per voxel and tilt, a TV step per voxel and element, the rest of an
+# iteration per voxel and element. In nanoseconds, on one core with AVX-512 (docs/BENCHMARKS.md has the measurement).
+_CORE_NS = {"projection": 0.07, "tv": 2.3, "rest": 15.0}
+# An H200 that nobody has measured: from its 4.8 TB/s, about 5 ms per iteration at 256^3 x 4 elements, 47 + 9 tilts.
+_GPU_NS = {"projection": 3.5e-4, "tv": 8e-3, "rest": 3.5e-2}
+
+SECTIONS = {"gpu": "GPU: solves", "core": "CPU: solves"}  # of docs/BENCHMARKS.md
+_ROW = re.compile(r"^\|" + r"\s*([\d.]+)\s*\|" * 6 + r"\s*$", re.M)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of a benchmark: size^3 voxels, numbers of elements and tilts, milliseconds of an iteration."""
+
+    size: int
+    elements: int
+    haadf_tilts: int
+    chem_tilts: int
+    milliseconds: float
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """bytes: on the device, by array; seconds on one GPU of the H200's class, and on one CPU core."""
+    """bytes: on the device, by array; seconds on one GPU, and on one CPU core."""
 
     bytes: dict[str, int]
     seconds_gpu: float
     seconds_cpu_core: float
 
 
-def solve(*, system: str, elements: int, shape: tuple[int, int, int], haadf_tilts: int, chem_tilts: int,
-          iterations: int, inner: int) -> Estimate:
-    """An estimate of one solve. shape: (nz, ny, nx) voxels. haadf_tilts 0: conventional. inner 0: without TV.
+def measured(page: str, kind: str) -> list[Measured]:
+    """The measured solves of a page of benchmarks. kind: "gpu" or "core"; none where the section is missing."""
+    section = page.partition(f"## {SECTIONS[kind]}\n")[2].partition("\n## ")[0]
+    return [Measured(*map(int, row[:4]), float(row[4])) for row in _ROW.findall(section)]  # type: ignore[call-arg]
 
-    Raises ValueError for a system that is not built.
+
+def solve(*, system: str, method: str, elements: int, shape: tuple[int, int, int], haadf_tilts: int, chem_tilts: int,
+          iterations: int, inner: int, devices: int = 1, gpu: Sequence[Measured] = (),
+          core: Sequence[Measured] = ()) -> Estimate:
+    """An estimate of one solve. shape: (nz, ny, nx) voxels. haadf_tilts 0: conventional. inner 0: without TV.
+    devices: over how many it is spread; the bytes are those of one of them, the seconds those of all together.
+
+    gpu, core: solves measured on such machines; the nearest in size is scaled by the work. Without any, the seconds
+    come from a model of the hardware. Raises ValueError for a system that is not built.
     """
     if system != "fused3d":
         raise ValueError(f"no estimate for system {system}; built: fused3d")
-    voxels = shape[0] * shape[1] * shape[2]
+    nz, ny, nx = shape
+    width = -(-nx // devices)
+    voxels, plane = nz * ny * width, ny * width
     volumes = elements * voxels
-    images, maps = (tilts * shape[1] * shape[2] for tilts in (haadf_tilts, elements * chem_tilts))
+    images, maps = bucket(haadf_tilts) * plane if haadf_tilts else 0, elements * bucket(chem_tilts) * plane
+    fused = method == "fused"
     memory = {
-        "volume, best, start, slope": 4 * volumes,
-        "TV duals": (3 if inner else 0) * 3 * volumes,
-        "step and curvature": 3 * volumes,
-        "HAADF images, duals and their projections": 6 * images,
-        "maps, model and background": 3 * maps,
-        "scattering and its slope": (2 if haadf_tilts else 0) * voxels + (volumes if haadf_tilts else 0),
+        "start, volume" + (", best volume" if fused else ", extrapolated volume" if inner else ""):
+            (3 if fused or inner else 2) * volumes,
+        "TV duals": 3 * volumes if inner else 0,
+        "step per voxel": volumes if fused or method == "chem_tv" else voxels if not inner else 0,
+        "HAADF images, their projections and duals": (4 if fused else 1) * images,
+        "maps, their projections and duals": (4 if fused else 1) * maps,
+        "working memory of a step": int(_WORKING[method] * volumes) + (3 * maps if fused else 0),
     }
-    projections = voxels * haadf_tilts + volumes * chem_tilts
-    work = {"projection": 2 * projections, "tv": inner * volumes, "rest": volumes}
-    core, gpu = (1e-9 * iterations * sum(cost[part] * count for part, count in work.items())
-                 for cost in (CORE_NS, GPU_NS))
-    return Estimate({name: _SINGLE * count for name, count in memory.items() if count}, gpu, core)
+    now = {"elements": elements, "voxels": nz * ny * nx, "haadf": haadf_tilts, "chem": chem_tilts, "inner": inner}
+    seconds = [iterations * _iteration(rows, default, **now) for rows, default in ((gpu, _GPU_NS), (core, _CORE_NS))]
+    return Estimate({name: _SINGLE * count for name, count in memory.items() if count}, *seconds)
+
+
+def _iteration(rows: Sequence[Measured], costs: dict[str, float], **now: int) -> float:
+    """Seconds of an iteration: the model's, brought to scale by the measured solve that is nearest in work."""
+    seconds = _modelled(costs, **now)
+    if not rows:
+        return seconds
+
+    def modelled(row: Measured) -> float:
+        return _modelled(costs, elements=row.elements, voxels=row.size**3, haadf=row.haadf_tilts,
+                         chem=row.chem_tilts, inner=4)
+
+    near = min(rows, key=lambda row: max(modelled(row) / seconds, seconds / modelled(row)))
+    return seconds * 1e-3 * near.milliseconds / modelled(near)
+
+
+def _modelled(costs: dict[str, float], *, elements: int, voxels: int, haadf: int, chem: int, inner: int) -> float:
+    work = {"projection": 2 * voxels * (haadf + elements * chem), "tv": inner * elements * voxels,
+            "rest": elements * voxels}
+    return 1e-9 * sum(costs[part] * count for part, count in work.items())
+
+
+def arithmetic(bytes_by_array: dict[str, int]) -> str:
+    """"5.2 GiB (working memory 3.1 GiB + ...)", the largest array first."""
+    parts = sorted(bytes_by_array.items(), key=lambda item: -item[1])
+    whole = sum(bytes_by_array.values())
+    return f"{size(whole)} ({' + '.join(f'{name} {size(count)}' for name, count in parts)})"
+
+
+def size(count: float) -> str:
+    """Bytes as a reader wants them: "5.3 GiB", "812 MiB"."""
+    for unit, amount in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= amount:
+            return f"{count / amount:.3g} {unit}" if count / amount < 100 else f"{count / amount:.0f} {unit}"
+    return f"{count:.0f} B"

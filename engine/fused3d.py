@@ -19,8 +19,8 @@ its diagonal bound would hold them back as well. Both parts grow with the iterat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,18 +29,20 @@ import numpy as np
 
 from engine import descent, model, sharding
 from engine.data import DataError, MultiModal, Solution
-from engine.iterate import settled, solve
+from engine.iterate import Keep, Outcome, settled, solve
 from engine.model import GAIN_STEPS, Problem
 from engine.penalties import Dual, gradient_adjoint, prox_tv, zero_dual
-from engine.projector import Geometry, backproject, bucket, geometry, project
+from engine.projector import Geometry, backproject, geometry, project
+from engine.tilts import bucket
 
 Method = Literal["fused", "chem_tv", "ml", "sirt", "plain", "fista"]
 TERMS = ("model", "chem", "tv", "total")
 
-# rho: a share of the ratio of the two terms' curvatures, but never more than lets the images' dual step so far of its own
-# curvature at the highest frequency. The first binds at F3's doses, the second at ten times them and above.
+# rho: a share of the ratio of the two terms' curvatures, but never more than lets the images' dual step by a small part
+# of its own curvature at the highest frequency. At natural weights the first binds at F3's doses, the second from ten
+# times them on: 1 to 2 and 0.3 of the ratio were the best there (48^3), and the ratio itself fails at an SNR of 1e4.
 RHO, CAP = 1.0, 0.03
-SHARE = 0.25  # of the maps' curvature bound that their metric takes; below 0.2 the volume outruns four TV steps
+SHARE = 0.25  # of the maps' curvature bound that their metric takes; 0.35 measured alike, 0.5 and 1 are slower
 GROWTH, GROWN = 0.1, 6.0  # both metrics grow by this share of its first value per iteration, up to so many
 MEMORY = 0.2  # weight of an iteration in the mean change that ends a solve
 RETREAT = 4.0  # a cost this many times the best one is a step that went wrong
@@ -94,42 +96,87 @@ class State(NamedTuple):
 
 def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[int] = (),
                 observe: Callable[[int, np.ndarray], None] | None = None,
-                held_out: tuple[int, ...] = ()) -> Solution:
+                held_out: tuple[int, ...] = (), keep: Keep | None = None) -> Solution:
     """Concentrations (element, z, y, x) from a HAADF series and chemical maps.
 
-    observe(iteration, volume) is called at each checkpoint. held_out: chemical tilts that are not fitted.
+    observe(iteration, volume) is called at each checkpoint. held_out: chemical tilts that are not fitted. keep: where
+    a long solve leaves its state, to be taken up again.
     Raises DataError where the method needs HAADF images and there are none. A solve that fails returns ok = False
     and the best volume it had.
     """
-    if settings.method in ("fused", "plain", "fista") and data.haadf is None:
-        raise DataError(f"method {settings.method} needs HAADF images; without them use chem_tv, ml or sirt")
-    slabs = _slabs(settings.devices, data.shape[2])
-    problem = model.build(data, gamma=settings.gamma, lambda_model=settings.lambda_model,
-                          lambda_chem=settings.lambda_chem, lambda_tv=settings.lambda_tv, weights=settings.weights,
-                          inner=settings.inner, held_out=held_out, devices=slabs)
-    counts = data.chem.units == "counts"
-    fused: tuple[Callable, Callable, Callable] = (_START[counts], _STEP[counts], best_volume)
-    begin, advance, extract = fused if settings.method == "fused" else descent.solver(settings.method, counts)
+    watch = None if observe is None else lambda _, n, volume: observe(n, volume)
+    return reconstruct_batch(data, [settings], checkpoints=checkpoints, observe=watch, held_out=held_out, keep=keep)[0]
 
-    def volume_of(state: Any) -> np.ndarray:
-        return sharding.join(extract(state), slabs, data.shape[2])
+
+def reconstruct_batch(data: MultiModal, settings: Sequence[Settings], *, checkpoints: Sequence[int] = (),
+                      observe: Callable[[int, int, np.ndarray], None] | None = None,
+                      held_out: tuple[int, ...] = (), keep: Keep | None = None) -> list[Solution]:
+    """`reconstruct` for several settings at once, which may differ in the lambdas and in gamma.
+
+    One program solves them all, which fills a GPU where a single small volume does not. observe(which, iteration,
+    volume). Raises ValueError for settings that differ in anything else.
+    """
+    first = settings[0]
+    if any(replace(each, **{name: getattr(first, name) for name in BATCHED}) != first for each in settings):
+        raise ValueError(f"settings of one batch may differ in {', '.join(BATCHED)} alone")
+    if first.method in ("fused", "plain", "fista") and data.haadf is None:
+        raise DataError(f"method {first.method} needs HAADF images; without them use chem_tv, ml or sirt")
+    slabs, counts = _slabs(first.devices, data.shape[2]), data.chem.units == "counts"
+    problems = [model.build(data, gamma=each.gamma, lambda_model=each.lambda_model, lambda_chem=each.lambda_chem,
+                            lambda_tv=each.lambda_tv, weights=each.weights, inner=each.inner, held_out=held_out,
+                            devices=slabs) for each in settings]
+    problem, axes = (problems[0], None) if len(problems) == 1 else (_stacked(problems, int(slabs > 1)), _AXES)
+    fused: tuple[Callable, Callable, Callable] = (_START[counts], _STEP[counts], best_volume)
+    begin, advance, extract = fused if first.method == "fused" else descent.solver(first.method, counts)
+    observed = None
+    if observe is not None:
+        def observed(n: int, state: Any) -> None:
+            for k in range(len(settings)):
+                observe(k, n, sharding.join(extract(_member(state, k, axes, slabs)), slabs, data.shape[2]))
 
     # The short steps of the others are no sign that they have arrived.
-    tolerance = settings.tolerance if settings.method == "fused" else 0.0
-    outcome = solve(advance, problem, sharding.spread(begin, slabs)(problem), settings.iterations, devices=slabs,
-                    tolerance=tolerance, checkpoints=checkpoints,
-                    observe=None if observe is None else lambda n, s: observe(n, volume_of(s)))
-    volume = volume_of(outcome.state)
-    ok = outcome.ok and bool(np.isfinite(volume).all())
+    tolerance = first.tolerance if first.method == "fused" else 0.0
+    outcomes = solve(advance, problem, sharding.spread(_batched(begin, axes), slabs)(problem), first.iterations,
+                     devices=slabs, axes=axes, tolerance=tolerance, checkpoints=checkpoints, observe=observed,
+                     keep=keep)
     sensitivity = np.asarray(sharding.one(problem.sensitivity, slabs)).ravel()
-    metrics = {"iterations": outcome.iterations,
-               **{f"sensitivity_{e}": float(s) for e, s in zip(data.chem.elements, sensitivity)}}
-    if settings.method == "fused":
+    fitted = {f"sensitivity_{e}": float(s) for e, s in zip(data.chem.elements, sensitivity)}
+    return [_solution(outcome, sharding.join(extract(outcome.state), slabs, data.shape[2]), fitted, slabs)
+            for outcome in outcomes]
+
+
+def _solution(outcome: Outcome, volume: np.ndarray, fitted: dict[str, float], slabs: int) -> Solution:
+    metrics = {"iterations": outcome.iterations, **fitted}
+    if isinstance(outcome.state, State):
         # The volume is the one of least cost, not always the last: this is its own.
         cost, caution = sharding.one((outcome.state.best_cost, outcome.state.caution), slabs)
         metrics |= {"cost": float(cost), "caution": float(caution)}
     history = {name: outcome.history[:, k] for k, name in enumerate(TERMS)}
-    return Solution(volume, history, outcome.status, ok, metrics)
+    return Solution(volume, history, outcome.status, outcome.ok and bool(np.isfinite(volume).all()), metrics)
+
+
+BATCHED = ("gamma", "lambda_model", "lambda_chem", "lambda_tv")
+_AXES = Problem._make(0 if name in (*BATCHED, "contrast") else None for name in Problem._fields)
+
+
+def _stacked(problems: Sequence[Problem], axis: int) -> Problem:
+    """One problem with a leading axis (behind that of slabs) in the fields that differ."""
+    fields: dict[str, Any] = {name: jnp.stack([getattr(problem, name) for problem in problems], axis)
+                              for name, batched in _AXES._asdict().items() if batched is not None}
+    return problems[0]._replace(**fields)
+
+
+@cache
+def _batched(begin: Callable, axes: Problem | None) -> Callable:
+    """A solver's start for one problem or for several; the same object each time."""
+    return begin if axes is None else jax.vmap(begin, in_axes=(axes,))
+
+
+def _member(state: Any, k: int, axes: Problem | None, slabs: int) -> Any:
+    """The state of solve k of a batch."""
+    if axes is None:
+        return state
+    return jax.tree.map(lambda a: a[:, k] if slabs > 1 else a[k], state)
 
 
 def _slabs(devices: int, planes: int) -> int:

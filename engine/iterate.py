@@ -6,9 +6,13 @@ between trials is traced, so that a sweep compiles once per shape. The loop stay
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -41,34 +45,99 @@ class Outcome(NamedTuple):
     ok: bool
 
 
+class Keep(NamedTuple):
+    """Where a long solve leaves its state, every so many seconds, so that a later call goes on from there.
+
+    label: what the state belongs to; a file with another label is left alone and overwritten.
+    """
+
+    path: Path
+    label: str
+    seconds: float = 600.0
+
+
 def solve(step: Step, problem: Any, first: tuple[Any, jax.Array], iterations: int, *, devices: int = 1,
-          tolerance: float = 0.0, checkpoints: Sequence[int] = (),
-          observe: Callable[[int, Any], None] | None = None) -> Outcome:
+          axes: Any = None, tolerance: float = 0.0, checkpoints: Sequence[int] = (),
+          observe: Callable[[int, Any], None] | None = None, keep: Keep | None = None) -> list[Outcome]:
     """Iterate until `iterations`, until the change is below `tolerance`, or until a cost is not finite.
 
     first: the state to start from, which is donated, and its cost terms. devices: over how many slabs the problem and
-    the state are spread (`engine.sharding`). observe(iteration, state) is called at each checkpoint reached.
+    the state are spread (`engine.sharding`). axes: for several solves at once, jax.vmap's axes of the problem; the
+    state then has a leading axis of solves. observe(iteration, state) is called at each checkpoint reached; a solve
+    that is taken up again is not observed at those it had passed. One outcome per solve.
     """
     state, first_terms = first
-    capacity = -(-iterations // _CAPACITY) * _CAPACITY + 1
     terms = np.asarray(sharding.one(first_terms, devices))
-    history = np.zeros((capacity, len(terms)), np.float32)
-    history[0] = terms
-    run = Run(state, *sharding.repeated((np.int32(0), np.int32(RUNNING), history), devices))
-    advance = sharding.spread(_advancing(step), devices, donate=(1,))
-    for stop in sorted({c for c in checkpoints if 0 < c < iterations} | {iterations}):
+    capacity = -(-iterations // _CAPACITY) * _CAPACITY + 1
+    history = np.zeros((*terms.shape[:-1], capacity, terms.shape[-1]), np.float32)
+    history[..., 0, :] = terms
+    counters = (np.zeros(terms.shape[:-1], np.int32), np.full(terms.shape[:-1], RUNNING, np.int32), history)
+    run = Run(state, *sharding.repeated(counters, devices))
+    if keep is not None:
+        run = _taken_up(keep, run)
+    advance = sharding.spread(_advancing(step, axes), devices, donate=(1,))
+    saved, pace = time.monotonic(), 8
+    done = int(sharding.one(run.iteration, devices).max())
+    marks = sorted({c for c in checkpoints if done < c < iterations} | {iterations})
+    while marks:
+        stop = marks[0] if keep is None else min(marks[0], done + pace)
+        begun = time.monotonic()
         run = advance(problem, run, *sharding.repeated((np.int32(stop), np.float32(tolerance)), devices))
-        status = int(sharding.one(run.status, devices))
-        if observe is not None and stop in checkpoints:
-            observe(stop, run.state)
-        if status == NON_FINITE:
+        status = np.asarray(sharding.one(run.status, devices))
+        pace = max(1, min(2 * pace, int(pace * 60 / max(time.monotonic() - begun, 1e-3))))  # look about once a minute
+        done = stop
+        if stop == marks[0]:
+            marks.pop(0)
+            if observe is not None and stop in checkpoints:
+                observe(stop, run.state)
+        if (status == NON_FINITE).all() or (keep is not None and not checkpoints and (status != RUNNING).all()):
             break
-    done = int(sharding.one(run.iteration, devices))
-    sentences = {RUNNING: f"finished {done} iterations",
-                 CONVERGED: f"converged after {done} iterations (relative change below {tolerance:g})",
-                 NON_FINITE: f"stopped at iteration {done}: the cost is not finite; check the data and the weights"}
-    return Outcome(run.state, np.asarray(sharding.one(run.history, devices))[:done + 1], done, sentences[status],
-                   status != NON_FINITE)
+        if keep is not None and marks and time.monotonic() - saved > keep.seconds:
+            _save(keep, run)
+            saved = time.monotonic()
+    if keep is not None:
+        keep.path.unlink(missing_ok=True)
+    return _outcomes(run, devices, tolerance)
+
+
+def _outcomes(run: Run, devices: int, tolerance: float) -> list[Outcome]:
+    """What became of each solve of a run."""
+    iterations, status, history = (np.asarray(a) for a in sharding.one(run[1:], devices))
+    found = []
+    for k in np.ndindex(iterations.shape):
+        done = int(iterations[k])
+        sentence = {RUNNING: f"finished {done} iterations",
+                    CONVERGED: f"converged after {done} iterations (relative change below {tolerance:g})",
+                    NON_FINITE: f"stopped at iteration {done}: the cost is not finite; check the data and the "
+                                "weights"}[int(status[k])]
+        member = jax.tree.map(lambda a, k=k: a[(slice(None), *k) if devices > 1 else k] if k else a, run.state)
+        found.append(Outcome(member, history[k][:done + 1], done, sentence, int(status[k]) != NON_FINITE))
+    return found
+
+
+def _save(keep: Keep, run: Run) -> None:
+    """Write the whole state aside, then rename: a kill leaves the last one."""
+    keep.path.parent.mkdir(parents=True, exist_ok=True)
+    aside = keep.path.with_suffix(".partial")
+    with aside.open("wb") as file:
+        leaves: dict[str, Any] = {f"leaf_{k}": np.asarray(a) for k, a in enumerate(jax.tree.leaves(run))}
+        np.savez(file, label=keep.label, **leaves)
+    os.replace(aside, keep.path)
+
+
+def _taken_up(keep: Keep, run: Run) -> Run:
+    """The state that an earlier call has left, if it is this solve's and whole; else the one given."""
+    leaves, tree = jax.tree.flatten(run)
+    try:
+        with np.load(keep.path) as kept:
+            if str(kept["label"]) != keep.label:
+                return run
+            found = [kept[f"leaf_{k}"] for k in range(len(leaves))]
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile):
+        return run
+    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(found, leaves)):
+        return run
+    return jax.tree.unflatten(tree, [jnp.asarray(a) for a in found])
 
 
 def settled(state: Any) -> Any:
@@ -77,9 +146,10 @@ def settled(state: Any) -> Any:
 
 
 @cache
-def _advancing(step: Step) -> Callable[[Any, Run, jax.Array, jax.Array], Run]:
+def _advancing(step: Step, axes: Any) -> Callable[[Any, Run, jax.Array, jax.Array], Run]:
     """The loop for one solver; the same object each time, so that it compiles once per shape."""
-    return partial(_advance, step)
+    loop = partial(_advance, step)
+    return loop if axes is None else jax.vmap(loop, in_axes=(axes, 0, None, None))
 
 
 def _advance(step: Step, problem: Any, run: Run, stop: jax.Array, tolerance: jax.Array) -> Run:

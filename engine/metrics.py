@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -17,7 +19,7 @@ def nrmse(volume: np.ndarray, truth: np.ndarray) -> float:
 
 def nrmse_elements(volume: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """`nrmse` of each first index of volumes (element, z, y, x); F3 quotes their mean."""
-    return np.array([nrmse(v, t) for v, t in zip(volume, truth, strict=True)])
+    return np.asarray(_compared(volume, truth)[0], np.float64)
 
 
 def correlation(volume: np.ndarray, truth: np.ndarray) -> float:
@@ -35,9 +37,33 @@ def scale_error(volume: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     The scale is <volume, truth> / <truth, truth>, so 0.1 means that concentrations come out 10 % too large.
     """
-    v = np.asarray(volume, np.float64).reshape(len(volume), -1)
-    t = np.asarray(truth, np.float64).reshape(len(truth), -1)
-    return (v * t).sum(1) / np.maximum((t * t).sum(1), np.finfo(float).tiny) - 1
+    return np.asarray(_compared(volume, truth)[1], np.float64)
+
+
+@jax.jit
+def _compared(volume: jax.Array, truth: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """NRMSE and scale error of each element, where JAX computes: at 256^3 x 4, double precision on the host takes
+    longer than a GPU's solve.
+
+    Sums go axis by axis, which keeps 32 bits exact enough; sqrt(2 - 2 rho) is taken as the distance of the two
+    normalised volumes, which keeps its digits where rho is nearly 1.
+    """
+    def total(a: jax.Array) -> jax.Array:
+        return a.sum(-1).sum(-1).sum(-1).reshape(-1, 1, 1, 1)
+
+    def normalised(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+        a = a - total(a) / a[0].size
+        norm = jnp.sqrt(total(a * a))
+        return a / jnp.where(norm > 0, norm, 1), norm > 0
+
+    if volume.shape != truth.shape:
+        raise ValueError(f"a volume of {volume.shape} cannot be compared with a truth of {truth.shape}")
+    volume, truth = (jnp.asarray(a, jnp.float32).reshape(len(a), -1, *a.shape[-2:]) for a in (volume, truth))
+    (v, varies), (t, differs) = normalised(volume), normalised(truth)
+    nrmse = jnp.where(varies & differs, jnp.sqrt(total((v - t) ** 2)), np.sqrt(2.0))
+    tiny = np.finfo(np.float32).tiny
+    scale = total(volume * truth) / jnp.maximum(total(truth * truth), tiny) - 1
+    return nrmse.ravel(), scale.ravel()
 
 
 def poisson_deviance(counts: np.ndarray, expected: np.ndarray) -> float:

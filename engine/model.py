@@ -9,6 +9,7 @@ likelihood (images over their own noise), so weights of 1 are maximum likelihood
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ from engine import sharding
 from engine.data import MultiModal
 from engine.losses import least_squares, poisson, poisson_curvature
 from engine.penalties import total_variation
-from engine.projector import Geometry, backproject, bucket, geometry, project
+from engine.projector import Geometry, backproject, geometry, project
+from engine.tilts import bucket
 
 # The fused solver refits the gain in each of its first 15 iterations, then freezes it: a cost that keeps moving could
 # not be compared with its own past. The descents, which settle late, refit after 5, 10, 20, ... iterations.
@@ -68,7 +70,36 @@ def build(data: MultiModal, *, gamma: float, lambda_model: float, lambda_chem: f
     fitted to the images by non-negative least squares (a floor of 1e-3 of the largest keeps every element coupled).
     devices: slabs the problem is cut into; with two or more every array has a leading axis of slabs.
     """
-    chem, haadf = data.chem, data.haadf
+    base = _based(data, held_out, devices)
+    numbers = np.asarray(data.numbers, np.float64)
+    contrast = numbers ** (gamma if weights == "z_gamma" else 1.0)
+    if data.haadf is not None and data.sensitivity is None:
+        scatter = sharding.spread(_scattered(data.chem.projections.shape[2]), devices)
+        parts = scatter(base.start, base.image_rays, _alike(np.float32(gamma), devices))
+        images, parts = (sharding.join(a, devices, data.shape[2]) for a in (base.images, parts))
+        contrast = fit_contrast(images, parts)
+    scalars = {"gamma": gamma, "lambda_model": lambda_model, "lambda_chem": lambda_chem, "lambda_tv": lambda_tv,
+               "contrast": _column(len(data.numbers), contrast / contrast.max())}
+    return base._replace(inner=_alike(np.int32(inner), devices), **{
+        name: _alike(np.asarray(value, np.float32), devices) for name, value in scalars.items()})
+
+
+def _based(data: MultiModal, held_out: tuple[int, ...], devices: int) -> Problem:
+    """What trials of one cell share, kept on the device: for held-out maps, some sets of them."""
+    for kept, *key, problem in _kept:
+        if kept is data and key == [held_out, devices]:
+            return problem
+    problem = _base(data, held_out, devices)
+    _kept.append((data, held_out, devices, problem))
+    return problem
+
+
+_kept: deque[tuple[MultiModal, tuple[int, ...], int, Problem]] = deque(maxlen=6)
+
+
+def _base(data: MultiModal, held_out: tuple[int, ...], devices: int) -> Problem:
+    """Data, sensitivities and the start; numbers that the settings decide are 1."""
+    chem = data.chem
     size = bucket(chem.tilts)
     map_rays = geometry(chem.angles, size)
     kept = np.asarray(map_rays.weight).copy()
@@ -77,10 +108,7 @@ def build(data: MultiModal, *, gamma: float, lambda_model: float, lambda_chem: f
     def slabs(array: np.ndarray) -> jax.Array:
         return jnp.asarray(sharding.split(array, devices))
 
-    def alike(tree: Any) -> Any:
-        return jax.tree.map(jnp.asarray, sharding.repeated(tree, devices))
-
-    column = partial(_column, len(chem.elements))
+    alike, column = partial(_alike, devices=devices), partial(_column, len(chem.elements))
     map_weight = 1.0 if chem.units == "counts" else 1 / chem.noise_level(held_out) ** 2
     background = np.asarray(chem.background, np.float32)
     background = background.reshape((1,) * (4 - background.ndim) + background.shape)
@@ -90,25 +118,22 @@ def build(data: MultiModal, *, gamma: float, lambda_model: float, lambda_chem: f
     maps = slabs(_pad_tilts(chem.projections, size))
     rays, planes = alike(map_rays._replace(weight=jnp.asarray(kept))), alike(np.int32(data.shape[2]))
     sensitivity = column(1.0 if data.sensitivity is None else data.sensitivity)
-    begin = sharding.spread(_starter(data.shape[:2]), devices)
-    start = begin(maps, level, alike(sensitivity), rays, planes)
+    start = sharding.spread(_starter(data.shape[:2]), devices)(maps, level, alike(sensitivity), rays, planes)
     if data.sensitivity is None:
-        sensitivity = np.maximum(_peak(sharding.join(start, devices, data.shape[2])), 1e-12)
+        sensitivity = np.maximum(_peak(sharding.join(start, devices, data.shape[2])), 1e-12).astype(np.float32)
         start = start / alike(sensitivity)
-    images, noise, image_rays = _images(haadf, chem.projections.shape[2:])
-    numbers = np.asarray(data.numbers, np.float64)
-    contrast = numbers ** (gamma if weights == "z_gamma" else 1.0)
-    if haadf is not None and data.sensitivity is None:
-        scatter = sharding.spread(_scattered(images.shape[-2]), devices)
-        parts = scatter(start, alike(image_rays), alike(np.float32(gamma)))
-        contrast = fit_contrast(images, sharding.join(parts, devices, data.shape[2]))
-    scalars = {"image_noise": noise, "map_weight": column(map_weight), "sensitivity": sensitivity,
-               "contrast": column(contrast / contrast.max()), "gamma": gamma, "lambda_model": lambda_model,
-               "lambda_chem": lambda_chem, "lambda_tv": lambda_tv}
+    images, noise, image_rays = _images(data.haadf, chem.projections.shape[2:])
+    one = alike(np.float32(1))
     return Problem(
-        images=slabs(images), image_rays=alike(image_rays), maps=maps, background=level, map_rays=rays,
-        start=jnp.maximum(start, FLOOR), inner=alike(np.int32(inner)), planes=planes,
-        **{name: alike(np.asarray(value, np.float32)) for name, value in scalars.items()})
+        images=slabs(images), image_noise=alike(np.float32(noise)), image_rays=alike(image_rays), maps=maps,
+        background=level, map_weight=alike(column(map_weight)), map_rays=rays, sensitivity=alike(sensitivity),
+        contrast=alike(column(1.0)), start=jnp.maximum(start, FLOOR), gamma=one, lambda_model=one, lambda_chem=one,
+        lambda_tv=one, inner=alike(np.int32(1)), planes=planes)
+
+
+def _alike(tree: Any, devices: int) -> Any:
+    """What every slab has alike, on the devices."""
+    return jax.tree.map(jnp.asarray, sharding.repeated(tree, devices))
 
 
 def image_seen(problem: Problem) -> jax.Array:

@@ -22,21 +22,12 @@ import numpy as np
 
 from engine.forms import fastest
 
-# Lengths to which lists of tilts are padded, so that a sweep over tilt counts compiles a handful of programs. A program
-# costs 5 to 10 s to compile; up to 16 tilts their projections are a small part of an iteration, and doubling is cheap.
-_BUCKETS = (4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192)
-
 
 class Geometry(NamedTuple):
     """Where the rays run. angles: (tilt,) [rad]; weight: (tilt,) factor of each projection, 0 for padding."""
 
     angles: jax.Array
     weight: jax.Array
-
-
-def bucket(tilts: int) -> int:
-    """The padded number of tilts: the next of a few lengths."""
-    return next((b for b in _BUCKETS if b >= tilts), -(-tilts // 64) * 64)
 
 
 def geometry(angles: np.ndarray, size: int | None = None) -> Geometry:

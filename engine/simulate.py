@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine.data import DataError, MultiModal, TiltSeries, even_subset
-from engine.projector import bucket, geometry, project
+from engine.projector import geometry, project
+from engine.tilts import bucket
 
 
 def spread(tilt_range: tuple[float, float], count: int) -> np.ndarray:

@@ -74,10 +74,11 @@ class MpiWorkers:
     replaced. MPICH's mpiexec ends the whole job instead; running again continues it.
     """
 
-    def __init__(self, evaluate: str) -> None:
+    def __init__(self, evaluate: str, share: int = 1) -> None:
+        """share: devices that one reconstruction is spread over (solver.devices)."""
         from mpi4py import MPI
 
-        self._mpi, self._comm, self._evaluate = MPI, MPI.COMM_WORLD, evaluate
+        self._mpi, self._comm, self._evaluate, self._share = MPI, MPI.COMM_WORLD, evaluate, share
         self._present = set(range(1, self._comm.size))  # ranks that run
         self._alive = sorted(self._present)  # ranks that can evaluate
         self._idle: set[int] = set()
@@ -91,7 +92,7 @@ class MpiWorkers:
         logs = folder.resolve() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         for rank in self._alive:
-            self._send(rank, json.dumps({"evaluate": self._evaluate, "logs": str(logs)}), SETUP)
+            self._send(rank, json.dumps({"evaluate": self._evaluate, "logs": str(logs), "share": self._share}), SETUP)
             self._heard[rank] = time.monotonic()
 
     def names(self) -> list[str]:
@@ -265,10 +266,11 @@ class _Rank:
     def take(self, tag: int, text: str) -> None:
         """Act on a message from rank 0."""
         if tag == SETUP:
+            setup = json.loads(text)
             index, workers, threads = self.place
-            os.environ.update(devices.environment(index, workers, os.environ, threads))
+            os.environ.update(devices.environment(index, workers, os.environ, threads, share=setup.pop("share")))
             self.busy = True
-            threading.Thread(target=self.evaluate, kwargs=json.loads(text), daemon=True).start()
+            threading.Thread(target=self.evaluate, kwargs=setup, daemon=True).start()
         elif tag == TRIAL:
             self.busy = True
             self.inbox.put(text)

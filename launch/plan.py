@@ -7,10 +7,13 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch import devices
+from engine import estimate
+from engine.estimate import size
+from launch import devices, resources
 from sweeps import grid
 from sweeps.grid import Cell
 from sweeps.schema import Measured, ends
@@ -100,11 +103,10 @@ def _cost(cell: Cell, extent: Extent) -> Cost:
 
     A held-out objective solves each trial once per fold and once with all maps.
     """
-    from engine import estimate
-
     sweep = cell.sweep
+    gpu_rows, core_rows = (_measured_solves(kind) for kind in ("gpu", "core"))
     each = sweep.search.folds + 1 if sweep.search.objective == "heldout" else 1
-    planned = [(fixed, 1) for fixed in cell.fixed] + ([({}, sweep.search.trials)] if cell.space else [])
+    planned = [(fixed, 1.0) for fixed in cell.fixed] + ([({}, grid.effort(cell))] if cell.space else [])
     memory: dict[str, int] = {}
     gpu = core = 0.0
     for params, count in planned:
@@ -112,17 +114,28 @@ def _cost(cell: Cell, extent: Extent) -> Cost:
         iterations = params.get("solver.iterations", sweep.solver.iterations)
         solve = estimate.solve(
             system=sweep.system,
+            method=method,
             elements=len(extent.elements),
             shape=extent.shape,
             haadf_tilts=0 if method in CONVENTIONAL else extent.haadf,
             chem_tilts=extent.chem,
             iterations=iterations,
             inner=0 if method in ("ml", "sirt") else max(ends(sweep.solver.inner)),
+            devices=sweep.solver.devices,
+            gpu=gpu_rows,
+            core=core_rows,
         )
         gpu += count * each * solve.seconds_gpu
         core += count * each * solve.seconds_cpu_core
         memory = max(memory, solve.bytes, key=lambda arrays: sum(arrays.values()))
-    return Cost(cell, extent, each * sum(count for _, count in planned), memory, gpu, core)
+    return Cost(cell, extent, each * grid.trials(cell), memory, gpu, core)
+
+
+@cache
+def _measured_solves(kind: str) -> list[estimate.Measured]:
+    """The solves that docs/BENCHMARKS.md has for "gpu" or "core"."""
+    page = resources.folder("docs") / "BENCHMARKS.md"
+    return estimate.measured(page.read_text(), kind) if page.exists() else []
 
 
 def _extent(sweep: Sweep, opened: dict[str, tuple[Extent, list[str]]]) -> tuple[Extent, list[str]]:
@@ -206,13 +219,10 @@ def refusals(plan: Plan, available: int, where: str, folder: Path) -> Iterator[s
     worst = plan.largest
     need = sum(worst.memory.values())
     if 0 < available < need:
-        parts = " + ".join(
-            f"{name} {size(value)}" for name, value in sorted(worst.memory.items(), key=lambda item: -item[1])
-        )
         yield (
-            f"{plan.sweep.name}: one trial of the cell {worst.cell.id} needs {size(need)} ({parts}), and "
-            f"{size(available)} are free {where}: lower {_smaller(plan)}, use fewer workers, or say with "
-            "--memory how many GiB the machine has that it will run on"
+            f"{plan.sweep.name}: one trial of the cell {worst.cell.id} needs {estimate.arithmetic(worst.memory)}, and "
+            f"{size(available)} are free {where}: lower {_smaller(plan)}, raise solver.devices, use fewer "
+            "workers, or say with --memory how many GiB the machine has that it will run on"
         )
     free = disk_free(folder)
     if plan.kept + plan.stages > free:
@@ -269,25 +279,26 @@ def text(plan: Plan, available: int, where: str, folder: Path) -> str:
         ],
         [
             "time",
-            f"{hours(sum(cost.gpu_seconds for cost in plan.costs))} GPU-hours on one H200 (estimated), or "
-            f"{hours(sum(cost.core_seconds for cost in plan.costs))} core-hours without a GPU",
+            f"{hours(sum(cost.gpu_seconds for cost in plan.costs))} GPU-hours "
+            + _source("gpu", "on one H200, estimated from its bandwidth; make bench-gpu measures one"),
+        ],
+        [
+            "",
+            f"or {hours(sum(cost.core_seconds for cost in plan.costs))} core-hours without a GPU "
+            + _source("core", "estimated; make bench measures them"),
         ],
     ]
     return "\n".join(f"{name:<12}{words}" for name, words in rows)
+
+
+def _source(kind: str, otherwise: str) -> str:
+    return f"({'scaled from the solves measured in docs/BENCHMARKS.md' if _measured_solves(kind) else otherwise})"
 
 
 def _range(sweep: Sweep, name: str) -> str:
     value = get(sweep, name)
     low, *_, high = ends(value)
     return f"{shown(low)} to {shown(high)}" + (" (log)" if getattr(value, "scale", "") == "log" else "")
-
-
-def size(count: float) -> str:
-    """Bytes as a reader wants them: "5.3 GiB", "812 MiB"."""
-    for unit, amount in (("TiB", 2**40), ("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= amount:
-            return f"{count / amount:.3g} {unit}" if count / amount < 100 else f"{count / amount:.0f} {unit}"
-    return f"{count:.0f} B"
 
 
 def hours(seconds: float) -> str:

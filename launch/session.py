@@ -38,9 +38,10 @@ def run(
     if rank > 0:
         mpi.serve()
         return 0
-    count = count or local_count()
+    share = max(cell.sweep.solver.devices for cell in grid.cells(sweep))
+    count = count or local_count(share)
     room = gpu_room(count if size == 1 else 1)
-    crew: Workers = mpi.MpiWorkers(evaluate) if size > 1 else workers.LocalWorkers(count, evaluate)
+    crew: Workers = mpi.MpiWorkers(evaluate, share) if size > 1 else workers.LocalWorkers(count, evaluate, share)
     # Other ranks may run on other machines, of whose memory this one knows nothing.
     memory = (0, "") if size > 1 else plan.memory_here(count)
     with crew:
@@ -82,10 +83,10 @@ def ending(summary: Summary, number: int) -> int:
     return 128 + number if number else 1
 
 
-def local_count() -> int:
-    """One worker per GPU; on a machine without GPUs two, or as many as there are cores."""
+def local_count(share: int = 1) -> int:
+    """One worker per `share` GPUs; on a machine without GPUs two, or as many as there are cores."""
     gpus = len(devices.visible_gpus(os.environ))
-    return gpus or min(2, len(os.sched_getaffinity(0)))
+    return max(1, gpus // share) if gpus else max(1, min(2, len(os.sched_getaffinity(0)) // share))
 
 
 def gpu_room(workers: int) -> int:

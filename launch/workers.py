@@ -31,8 +31,9 @@ class LocalWorkers:
     A worker that dies is replaced; one that dies before it was ready (an import that fails) is not.
     """
 
-    def __init__(self, count: int, evaluate: str) -> None:
-        self._count, self._evaluate = count, evaluate
+    def __init__(self, count: int, evaluate: str, share: int = 1) -> None:
+        """share: devices that one reconstruction is spread over (solver.devices)."""
+        self._count, self._evaluate, self._share = count, evaluate, share
         self._workers: dict[str, _Local] = {}
         self._selector = selectors.DefaultSelector()
 
@@ -44,7 +45,8 @@ class LocalWorkers:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         command = [sys.executable, "-P", "-m", "launch.worker", "--evaluate", self._evaluate]
         for index in range(self._count):
-            env = {**devices.environment(index, self._count, devices.given()), "PYTHONPATH": path}
+            given = devices.environment(index, self._count, devices.given(), share=self._share)
+            env = {**given, "PYTHONPATH": path}
             self._admit(_Local(f"worker-{index}", command, env, logs / f"worker-{index}.log"))
 
     def _admit(self, worker: _Local) -> None:

@@ -22,7 +22,7 @@ CONVENTIONAL: dict[str, Any] = {
 
 # Shared search: of three trials two are cheap, with a fifth of the iterations, and only the full one may win. Measured
 # on interpolated landscapes of 9 cells at 32^3, mean NRMSE above the optimum for 15 trials per cell: 1.6 % with a
-# quarter of the iterations, 2.4 % with a sixth. On 4 cells full trials alone gave 8.8 %, where
+# quarter of the iterations, 1.5 to 2.4 % (three seeds) with a sixth. On 4 cells full trials alone gave 8.8 %, where
 # 4 full and 8 cheap ones, for the same iterations, gave 5.0 %.
 CHEAP = 0.2
 PERIOD = 3

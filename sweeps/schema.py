@@ -31,7 +31,7 @@ SNR: dict[str, dict[str, float]] = {
     "cocuo": {"Co": 1.92, "Cu": 2.89, "O": 2.69, "Au": 1.96, "haadf": 2208.67},
     "conio": {"Co": 1.92, "Ni": 2.89, "O": 2.69, "haadf": 2208.67},
 }
-SHARED_TRIALS = 15  # docs/BENCHMARKS.md: the same map as with 30 full trials per cell
+SHARED_TRIALS = 15  # docs/BENCHMARKS.md compares the map with that of 30 full trials per cell
 Number = TypeVar("Number", int, float)
 
 
@@ -335,12 +335,15 @@ class Fused3D(Model):
         "fused", "-", "fused; plain, fista: the same cost, older solvers; chem_tv, ml, sirt: maps alone")
     weights: Literal["z_gamma", "z"] = setting("z_gamma", "-", "HAADF is the sum of (Z x)^gamma, or of Z x")
     gamma: Annotated[Tunable, AfterValidator(_power)] = setting(1.6, "-", "power of Z x in the HAADF model")
-    iterations: int = setting(60, "-", "iterations of the solver", ge=1)
+    iterations: int = setting(60, "-", "iterations of the solver, at most", ge=1)
     inner: Annotated[WholeTunable, AfterValidator(_steps)] = setting(4, "-", "TV dual steps per iteration")
     lambda_model: Weight = setting(1.0, "-", "weight of the HAADF term; 1 is maximum likelihood")
     lambda_chem: Weight = setting(1.0, "-", "weight of the chemical term; 1 is maximum likelihood")
     lambda_tv: Weight = setting(0.1, "-", "weight of total variation")
-    tolerance: float = setting(0.0, "-", "relative change of the volume that ends the solve; 0: none", ge=0)
+    tolerance: float = setting(
+        1e-3, "-", "fused: mean relative change of the volume over some iterations that ends the solve; 0: never", ge=0)
+    devices: int = setting(
+        1, "devices", "GPUs, or parts of a CPU, that share one reconstruction, each a slab along x", ge=1)
     record: Annotated[list[int], AfterValidator(_checkpoints)] = setting(
         [], "-", "iterations at which the volume is scored as well, an axis of the atlas")
 
@@ -365,7 +368,7 @@ class Search(Model):
     @model_validator(mode="before")
     @classmethod
     def _fewer(cls, raw: Any) -> Any:
-        """Where cells share, two fifths of the trials, a third of them full, find what 30 full ones find alone."""
+        """Where cells share, half the trials, a third of them full, are the default."""
         if not isinstance(raw, dict) or raw.get("strategy") != "shared":
             return raw
         return {"trials": SHARED_TRIALS} | raw

@@ -6,14 +6,14 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine import fused3d, metrics, simulate
+from engine import estimate, fused3d, metrics, simulate
 from engine.data import DataError, MultiModal, Solution, TiltSeries
+from engine.iterate import Keep
 from engine.phantoms import ELEMENTS, FIELD_NM
 from sweeps import stages
 from sweeps.grid import MAPS_ONLY
@@ -24,7 +24,6 @@ Message = dict[str, Any]
 VOLUME_AXES = ("element", "z", "y", "x")
 EMPTY: dict[str, Any] = {"status": "ok", "objective": None, "metrics": {}, "elements": {}, "checkpoints": [],
                          "iterations": 0, "seconds": 0.0, "batch": 1, "worker": "", "volume": None}
-TRACED = ("lambda_model", "lambda_chem", "lambda_tv", "gamma")  # what may differ in a batch
 Score = dict[str, Any]  # {"objective": float | None, "metrics": {...}, "elements": {name: {element: float}}}
 
 
@@ -46,18 +45,22 @@ def run(message: Message) -> list[dict[str, Any]]:
     for batch in batches.values():
         begun = time.perf_counter()
         numbers, sweeps = zip(*batch, strict=True)
-        found = _rows(sweeps, Path(message["folder"]), [_volume_name(rows[k]) for k in numbers])
+        found = _rows(sweeps, Path(message["folder"]), [_volume_name(rows[k]) for k in numbers],
+                      f"{message['cell']}-{'-'.join(str(rows[k]['trial']) for k in numbers)}")
         seconds = (time.perf_counter() - begun) / len(batch)
         for k, row in zip(numbers, found, strict=True):
             rows[k] |= {**row, "seconds": seconds, "batch": len(batch)}
     return rows
 
 
-def _rows(sweeps: Sequence[Sweep], folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """What a batch gives, trial by trial; where its data cannot be had, nothing but a status each."""
+def _rows(sweeps: Sequence[Sweep], folder: Path, names: Sequence[str], batch: str) -> list[dict[str, Any]]:
+    """What a batch gives, trial by trial; where its data cannot be had, nothing but a status each.
+
+    batch: a name of its own, the same in every attempt.
+    """
     try:
         rows = []
-        for sweep, name, (solution, scored) in zip(sweeps, names, _evaluate(sweeps, folder), strict=True):
+        for sweep, name, (solution, scored) in zip(sweeps, names, _evaluate(sweeps, folder, batch), strict=True):
             row = {"status": "ok", **scored, "iterations": int(solution.metrics["iterations"])}
             if not solution.ok:
                 row |= {"status": solution.status, "objective": None}
@@ -72,34 +75,59 @@ def _rows(sweeps: Sequence[Sweep], folder: Path, names: Sequence[str]) -> list[d
 def _alike(sweep: Sweep) -> str:
     """Equal for trials that share data and differ in numbers that a compiled solver takes as they come."""
     settings = dump(sweep)
-    settings["solver"] |= dict.fromkeys(TRACED)
+    settings["solver"] |= dict.fromkeys(fused3d.BATCHED)
     return str((settings, stages.key("data", _inputs(sweep))))
 
 
-def _solve_batch(data: MultiModal, settings: Sequence[fused3d.Settings], *, checkpoints: Sequence[int] = (),
-                 observe: Callable[[int, int, np.ndarray], None] | None = None,
-                 held_out: tuple[int, ...] = ()) -> list[Solution]:
-    """Solve for several settings that differ in TRACED; observe(which of them, iteration, volume)."""
-    return [fused3d.reconstruct(data, each, checkpoints=checkpoints, held_out=held_out,
-                                observe=None if observe is None else partial(observe, k))
-            for k, each in enumerate(settings)]
+def _evaluate(sweeps: Sequence[Sweep], folder: Path, batch: str) -> list[tuple[Solution, dict[str, Any]]]:
+    """Solutions and scores of trials that are `_alike`.
 
-
-def _evaluate(sweeps: Sequence[Sweep], folder: Path) -> list[tuple[Solution, dict[str, Any]]]:
-    """Solutions and scores of trials that are `_alike`."""
+    A solve of many minutes leaves its state under partial/, and the next attempt goes on from there. One that records
+    checkpoints does not: their scores would be lost.
+    """
     sweep = sweeps[0]
     data = prepared(sweep, folder)
     if sweep.search.objective == "nrmse" and data.truth is None:
         raise DataError("the objective nrmse needs a truth; give data.truth, or search.objective: heldout")
+    _check_memory(sweep, data, len(sweeps))
     passed: list[dict[int, Score]] = [{} for _ in sweeps]
-    solutions = _solve_batch(data, [solver_settings(each) for each in sweeps], checkpoints=sweep.solver.record,
-                             observe=lambda k, n, volume: passed[k].update({n: _against_truth(volume, data)}))
+    chosen, record = [solver_settings(each) for each in sweeps], sweep.solver.record
+    keep = Keep(folder / "partial" / f"{batch}.npz", stages.key("solve", {"data": _inputs(sweep), "solver": chosen}))
+    solutions = fused3d.reconstruct_batch(
+        data, chosen, checkpoints=record, keep=None if record else keep,
+        observe=lambda k, n, volume: passed[k].update({n: _against_truth(volume, data)}))
     ends = [_against_truth(solution.volume, data) for solution in solutions]
     if sweep.search.objective == "heldout":
         for k, (held, stopped) in enumerate(_held_out(sweeps, data)):
             ends[k] = _merged(ends[k], held)
             passed[k] = {n: _merged(passed[k][n], stopped[n]) for n in sorted(passed[k].keys() & stopped.keys())}
     return [_stopped(each[0], data, *each[1:]) for each in zip(sweeps, solutions, ends, passed, strict=True)]
+
+
+def _check_memory(sweep: Sweep, data: MultiModal, trials: int) -> None:
+    """DataError, with the arithmetic, where the device that will solve has not the memory for it."""
+    import jax
+
+    solver = sweep.solver
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else _memory_free()
+    need = estimate.solve(
+        system=sweep.system, method=solver.method, elements=len(data.chem.elements), shape=data.shape,
+        haadf_tilts=data.haadf.tilts if data.haadf else 0, chem_tilts=data.chem.tilts, iterations=solver.iterations,
+        inner=0 if solver.method in ("ml", "sirt") else int(solver_settings(sweep).inner), devices=solver.devices).bytes
+    shared = solver.devices if device.platform == "cpu" else 1
+    if 0 < limit < trials * shared * sum(need.values()):
+        many = f"{trials} trials at once need {trials} times " if trials > 1 else "the trial needs "
+        raise DataError(f"{many}{estimate.arithmetic(need)} on each of {solver.devices} devices, and the "
+                        f"{device.platform} has {estimate.size(limit)}: lower data.size or search.batch, or raise "
+                        "solver.devices")
+
+
+def _memory_free() -> int:
+    """Bytes that this machine can still give; 0 where it does not tell."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)
 
 
 def _stopped(sweep: Sweep, data: MultiModal, solution: Solution, score: Score,
@@ -139,8 +167,8 @@ def _held_out(sweeps: Sequence[Sweep], data: MultiModal) -> list[tuple[Score, di
         def keep(k: int, n: int, volume: np.ndarray, into: list[dict[int, np.ndarray]] = volumes) -> None:
             into[k][n] = volume
 
-        solutions = _solve_batch(data, [solver_settings(sweep) for sweep in sweeps], checkpoints=record, observe=keep,
-                                 held_out=out)
+        solutions = fused3d.reconstruct_batch(data, [solver_settings(sweep) for sweep in sweeps], checkpoints=record,
+                                              observe=keep, held_out=out)
         for k, solution in enumerate(solutions):
             if not solution.ok:
                 wrong.setdefault(k, f"without maps {', '.join(map(str, out))}: {solution.status}")

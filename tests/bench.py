@@ -8,6 +8,11 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
+from launch import devices
+
+# As a worker of a sweep would be set up; JAX and OpenMP read it when they are first used.
+os.environ.update(devices.environment(0, 1, os.environ))
+
 PAGE = Path(__file__).parents[1] / "docs" / "BENCHMARKS.md"
 HEAD = "# Benchmarks\n\nWritten by `make bench`; ratios hold within one run.\n"
 

@@ -128,6 +128,7 @@ def figure(plan: Plan, path: Path) -> str:
                 panel.plot([t.seconds[n] for n in order], [t.nrmse[n] for n in order], color=colours[method],
                            label=NAMES[method])
             panel.set(xscale="log", title=f"lambda_model {weight:g}, dose x {dose}")
+            panel.set_xticks((0.2, 0.5, 1, 2, 5), ("0.2", "0.5", "1", "2", "5"))
             panel.xaxis.set_minor_formatter(NullFormatter())  # its labels would run into each other
             panel.grid(alpha=0.3, which="both")
             ours = tracks["fused"]

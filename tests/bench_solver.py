@@ -1,42 +1,37 @@
-"""`python -m tests.bench_solver`: CPU seconds to one quality, for the paper's descent, FISTA and our solver.
+"""`python -m tests.bench_solver`: seconds of whole solves on this machine's cores, and where they go.
 
-One specimen, one noise, one set of weights, one TV code. The target is the NRMSE that the plain proximal gradient
-(step 1/L by power iteration, 20 cold TV steps) has after 400 iterations.
+The first table is what `tomoatlas check` reads for its core-hours (its GPU-hours come from `tests.bench_gpu`).
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from engine import fused3d, metrics, simulate
+from engine import fused3d, model, simulate
 from engine.data import MultiModal
+from engine.penalties import prox_tv
 from engine.phantoms import ELEMENTS, FIELD_NM, phantom
+from launch import devices
 from sweeps.schema import SNR
 from tests.bench import publish
+from tests.bench_projector import REPEATS, touch, within
 
-PLAIN_ITERATIONS = 400
-REPEATS = 5
-WEIGHTS = {"lambda_model": 0.1, "lambda_chem": 1.0, "lambda_tv": 0.5}
-
-
-@dataclass(frozen=True)
-class Track:
-    """NRMSE at each iteration recorded, CPU seconds of one iteration and of the start."""
-
-    nrmse: dict[int, float]
-    per_iteration: float
-    start: float
-
-    def reaches(self, target: float) -> int | None:
-        """The first recorded iteration at or below a NRMSE."""
-        return next((n for n, value in sorted(self.nrmse.items()) if value <= target), None)
-
-    def cpu(self, iterations: int) -> float:
-        """CPU seconds of a solve of so many iterations."""
-        return self.start + iterations * self.per_iteration
+COLUMNS = "| size | elements | haadf tilts | chem tilts | ms per iteration | s per solve |"
+WEIGHTS = {"lambda_model": 1.0, "lambda_chem": 1.0, "lambda_tv": 1.0}
+ITERATIONS = 60
+FEW, MANY = 2, 12  # iterations of the two solves whose difference is the time of an iteration
+CELLS = ((48, 17, 9), (64, 47, 9), (128, 47, 9))  # the first is the quickstart's middle cell
 
 
 def specimen(size: int, haadf: int = 47, chem: int = 9) -> MultiModal:
@@ -49,59 +44,100 @@ def specimen(size: int, haadf: int = 47, chem: int = 9) -> MultiModal:
         chem_angles=simulate.chemical_angles(span, haadf, chem), snr=SNR["cocuo"])
 
 
-def track(data: MultiModal, method: str, iterations: int, every: int) -> Track:
-    """Run a method once for its quality, then short solves for its time; compilation is left out."""
-    settings = fused3d.Settings(method=method, iterations=iterations, **WEIGHTS)  # type: ignore[arg-type]
-    nrmse: dict[int, float] = {}
-    fused3d.reconstruct(data, settings, checkpoints=range(every, iterations + 1, every),
-                        observe=lambda n, v: nrmse.update({n: float(metrics.nrmse_elements(v, data.truth).mean())}))
-    few, many = 2, 12
-    return Track(nrmse, (_cpu(data, settings, many) - _cpu(data, settings, few)) / (many - few),
-                 _cpu(data, settings, few) - few * (_cpu(data, settings, many) - _cpu(data, settings, few))
-                 / (many - few))
-
-
-def _cpu(data: MultiModal, settings: fused3d.Settings, iterations: int) -> float:
-    """Median CPU seconds, over all threads, of a whole solve."""
-    short = fused3d.Settings(**{**settings.__dict__, "iterations": iterations})
+def timed(data: MultiModal, iterations: int, repeats: int = REPEATS, slabs: int = 1) -> tuple[float, float]:
+    """Median (wall, core) seconds of a solve that is compiled already."""
+    settings = fused3d.Settings(iterations=iterations, tolerance=0.0, devices=slabs, **WEIGHTS)
     times = []
-    for _ in range(REPEATS + 1):
-        begun = time.process_time()
-        fused3d.reconstruct(data, short)
-        times.append(time.process_time() - begun)
-    return float(np.median(times[1:]))
+    for _ in range(repeats + 1):
+        wall, core = time.perf_counter(), time.process_time()
+        fused3d.reconstruct(data, settings)
+        times.append((time.perf_counter() - wall, time.process_time() - core))
+    wall, core = np.median(times[1:], axis=0)
+    return float(wall), float(core)
 
 
-def section(size: int) -> str:
-    """The table for one size."""
-    data = specimen(size)
-    tracks = {"plain": track(data, "plain", PLAIN_ITERATIONS, 10), "fista": track(data, "fista", 200, 5),
-              "fused": track(data, "fused", 60, 1)}
-    target = tracks["plain"].nrmse[PLAIN_ITERATIONS]
-    names = {"plain": "plain proximal gradient (F3), 20 cold TV steps", "fista": "FISTA, 20 cold TV steps",
-             "fused": "ours: ramp-metric primal-dual, 4 warm TV steps"}
-    reached = {name: t.reaches(target) for name, t in tracks.items()}
-    ours = tracks["fused"].cpu(reached["fused"]) if reached["fused"] else float("nan")
-    lines = [f"cocuo, {size}^3 x 4 elements, 47 + 9 tilts, F3's SNRs, "
-             f"lambda_model {WEIGHTS['lambda_model']}, lambda_tv {WEIGHTS['lambda_tv']}; "
-             f"target NRMSE {target:.3f}, which plain has after {PLAIN_ITERATIONS} iterations.", "",
-             "| solver | ms per iteration | iterations to target | CPU s to target | times ours | NRMSE at the end |",
+def per_iteration(data: MultiModal, slabs: int = 1) -> tuple[float, float]:
+    """(wall, core) seconds of one iteration."""
+    few, many = (timed(data, count, slabs=slabs) for count in (FEW, MANY))
+    return (many[0] - few[0]) / (MANY - FEW), (many[1] - few[1]) / (MANY - FEW)
+
+
+def solves() -> str:
+    """The table of `check`, in core time."""
+    lines = [f"cocuo at F3's SNRs, four TV steps per iteration, {ITERATIONS} iterations without a stopping rule; "
+             f"milliseconds and seconds of core time (CPU time over all threads), median of {REPEATS}.", "", COLUMNS,
              "|---|---|---|---|---|---|"]
-    for name, t in tracks.items():
-        end = max(t.nrmse)
-        if reached[name] is None:
-            lines.append(f"| {names[name]} | {1e3 * t.per_iteration:.0f} | not in {end} | - | - | {t.nrmse[end]:.3f} |")
-            continue
-        seconds = t.cpu(reached[name])
-        lines.append(f"| {names[name]} | {1e3 * t.per_iteration:.0f} | {reached[name]} | {seconds:.1f} | "
-                     f"{seconds / ours:.1f} | {t.nrmse[end]:.3f} after {end} |")
+    for size, haadf, chem in CELLS:
+        data = specimen(size, haadf, chem)
+        each, whole = per_iteration(data)[1], timed(data, ITERATIONS, 1)[1]
+        lines.append(f"| {size} | {len(data.chem.elements)} | {haadf} | {chem} | {1e3 * each:.1f} | {whole:.2f} |")
+    return "\n".join(lines)
+
+
+def parts(data: MultiModal) -> dict[str, float]:
+    """Core milliseconds of an iteration's parts, each run by itself several times within one program."""
+    problem = model.build(data, gamma=1.6, weights="z_gamma", inner=4, **WEIGHTS)
+    state, _ = jax.jit(partial(fused3d.start, counts=True))(problem)
+    x, rate = state.x, 1 / (state.metric.volume + 1)
+    slope, pull = model.scattering_slope(problem, x), 0.1 * x
+    named: dict[str, tuple[Callable[[Any], Any], jax.Array]] = {
+        "HAADF: projection": (lambda v: model.project_images(problem, v), x[0]),
+        "HAADF: back projection": (lambda p: model.backproject_images(problem, p), state.image_dual),
+        "maps: projection, likelihood": (lambda v: model.misfit(problem, v, True).slope, x),
+        "maps: back projection": (lambda p: model.backproject_maps(problem, p), state.map_dual),
+        "filters of both duals": (lambda p: fused3d._map_step(problem, state._replace(signal=p), True), state.signal),
+        "TV: four steps": (lambda v: prox_tv(v, problem.lambda_tv, rate, state.tv_dual, 4, model.FLOOR)[0], x),
+        "coupling of the elements, twice": (lambda v: fused3d._pull(v, pull, slope, jnp.float32(1), rate), x),
+        "power of x and its slope": (lambda v: model.scattering(problem, v) + model.scattering_slope(problem, v), x)}
+    found = {name: within(operator, start, touch, 5)[1] for name, (operator, start) in named.items()}
+    found["coupling of the elements, twice"] *= 2
+    return found
+
+
+def where() -> str:
+    """Where an iteration's time goes."""
+    columns = {}
+    for size, haadf, chem in (CELLS[0], CELLS[-1]):
+        data = specimen(size, haadf, chem)
+        columns[f"{size}^3, {haadf} + {chem} tilts"] = (parts(data), 1e3 * per_iteration(data)[1])
+    lines = [f"Core milliseconds of one iteration, four elements, median of {REPEATS}. The rest is costs, updates of "
+             "the state, and what the parts gain or lose by standing alone.", "",
+             f"| part | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    for name in next(iter(columns.values()))[0]:
+        lines.append(f"| {name} | " + " | ".join(
+            f"{found[name]:.1f} ({found[name] / total:.0%})" for found, total in columns.values()) + " |")
+    rest = (total - sum(found.values()) for found, total in columns.values())
+    lines += ["| rest | " + " | ".join(f"{value:.1f}" for value in rest) + " |",
+              "| iteration | " + " | ".join(f"**{total:.1f}**" for _, total in columns.values()) + " |"]
+    return "\n".join(lines)
+
+
+def slabs() -> str:
+    """Wall time of an iteration with the cores as one device and as several."""
+    cores = len(os.sched_getaffinity(0))
+    lines = [f"Wall milliseconds of an iteration at {CELLS[-1][0]}^3 x 4 elements on {cores} cores, median of "
+             f"{REPEATS}, each row in a process of its own.", "", "| devices | threads of each | ms | against one |",
+             "|---|---|---|---|"]
+    alone = None
+    for count, threads in ((1, 1), (1, cores), (cores, 1)):
+        env = devices.environment(0, 1, {k: v for k, v in os.environ.items() if k not in (
+            "NPROC", "OMP_NUM_THREADS", "XLA_FLAGS")}, threads=max(threads, count), share=count)
+        code = (f"from tests import bench_solver as b; import json; "
+                f"print(json.dumps(b.per_iteration(b.specimen({CELLS[-1][0]}), {count})))")
+        told = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+        wall = 1e3 * json.loads(told.splitlines()[-1])[0]
+        alone = alone or wall
+        lines.append(f"| {count} | {threads} | {wall:.0f} | {alone / wall:.2f} times as fast |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Write the section."""
-    publish("Fused solver: CPU time to one quality", section(64))
+    """Write the sections."""
+    publish("CPU: solves", solves())
+    publish("CPU: where an iteration's time goes", where())
+    publish("Slabs: one reconstruction over several devices", slabs())
 
 
 if __name__ == "__main__":
     main()
+

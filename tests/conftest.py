@@ -4,7 +4,11 @@ import os
 
 import pytest
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports JAX, here and in the workers that tests start
+from launch import devices
+
+# Before anything uses JAX, here and in the workers that tests start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = devices.environment(0, 1, os.environ)["XLA_FLAGS"]
 
 
 @pytest.fixture(scope="session")

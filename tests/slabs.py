@@ -44,7 +44,8 @@ def operators(planes: int, steps: int) -> dict[str, float]:
 def solves(planes: int, method: str) -> dict[str, float]:
     """A reconstruction of the reference specimen's first planes, and its last cost."""
     whole = simulated(18, 9, 5)
-    chem, haadf = (replace(series, projections=series.projections[..., :planes]) for series in (whole.chem, whole.haadf))
+    chem, haadf = (replace(series, projections=series.projections[..., :planes])
+                   for series in (whole.chem, whole.haadf))
     data = replace(whole, chem=chem, haadf=haadf, shape=(*whole.shape[:2], planes), truth=None)
     settings = fused3d.Settings(method=method, iterations=12, lambda_tv=0.5, tolerance=0.0)
     alone = fused3d.reconstruct(data, settings)

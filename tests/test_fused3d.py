@@ -113,10 +113,10 @@ def test_convex_case_agrees_with_a_long_descent(lambda_model):
     """gamma = 1 has one minimum: a thousand steps of descent, at the fused solver's own gain, lead there too."""
     problem = problem_of(simulated(16, 9, 5, gamma=1.0), 1.0, lambda_model)
     state, first = fused3d.start(problem, True)
-    fused = iterate.solve(fused3d._STEP[True], problem, (state, first), 64).state
+    fused = iterate.solve(fused3d._STEP[True], problem, (state, first), 64)[0].state
     state, first = descent.start_descent(problem, True, True)
     rate = state.rate * jnp.minimum(1, (state.gain / fused.gain) ** 2)
-    long = iterate.solve(_with_a_fixed_gain, problem, (state._replace(gain=fused.gain + 0, rate=rate), first), 1000)
+    long = iterate.solve(_with_a_fixed_gain, problem, (state._replace(gain=fused.gain + 0, rate=rate), first), 1000)[0]
     costs = [float(terms(problem, x, fused.gain)[-1]) for x in (fused.best, long.state.x)]
     assert costs[0] == pytest.approx(float(fused.best_cost), rel=1e-4)
     assert costs[0] == pytest.approx(costs[1], rel=0.01)
@@ -194,7 +194,7 @@ def test_no_data_no_weight(tiny):
 def test_clean_data_bring_concentrations():
     data = simulated(24, 31, 9, snr=1e4, haadf_snr=1e6)
     for lambda_model in (1e-3, 3e-2, 1):
-        solution = reconstruct(data, settings(iterations=128, lambda_model=lambda_model, tolerance=0.0))
+        solution = reconstruct(data, settings(iterations=256, lambda_model=lambda_model, tolerance=0.0))
         assert np.abs(metrics.scale_error(solution.volume, data.truth)).max() < 0.1
         assert metrics.nrmse_elements(solution.volume, data.truth).mean() < 0.1
 
@@ -271,7 +271,7 @@ def test_a_value_that_is_not_finite_stops_with_a_status(tiny, method, value):
     index = (0,) * getattr(problem, field).ndim
     problem = problem._replace(**{field: getattr(problem, field).at[index].set(value)})
     both = (fused3d._START[True], fused3d._STEP[True]) if method == "fused" else descent.solver(method, True)[:2]
-    outcome = iterate.solve(both[1], problem, sharding.spread(both[0], 1)(problem), 30)
+    outcome = iterate.solve(both[1], problem, sharding.spread(both[0], 1)(problem), 30)[0]
     assert not outcome.ok and outcome.iterations < 30
     assert "not finite" in outcome.status
 
@@ -313,6 +313,65 @@ def test_thirty_trials_compile_once(tiny):
 
 def _compiled():
     spread = partial(sharding.spread, devices=1)
-    programs = (sharding.spread(iterate._advancing(fused3d._STEP[True]), 1, donate=(1,)), spread(fused3d._START[True]),
-                spread(model._starter((16, 16))), model.project, model.backproject)
+    programs = (sharding.spread(iterate._advancing(fused3d._STEP[True], None), 1, donate=(1,)),
+                spread(fused3d._batched(fused3d._START[True], None)), spread(model._starter((16, 16))),
+                model.project, model.backproject)
     return [program._cache_size() for program in programs]
+
+
+# ---- Several at once, and solves that are taken up again
+
+
+def batch_of(**changes):
+    return [settings(lambda_model=lambda_model, lambda_tv=lambda_tv, gamma=gamma, **changes)
+            for lambda_model, lambda_tv, gamma in ((1, 0.1, 1.6), (0.01, 1, 1.6), (30, 0.5, 1.4))]
+
+
+@pytest.mark.parametrize("method", ["fused", "chem_tv"])
+def test_a_batch_solves_what_its_members_solve_alone(tiny, method):
+    batch, passed = batch_of(method=method, iterations=12, tolerance=0.0), {}
+    together = fused3d.reconstruct_batch(tiny, batch, checkpoints=[5],
+                                         observe=lambda k, n, volume: passed.update({k: volume}))
+    for k, (each, solution) in enumerate(zip(batch, together, strict=True)):
+        alone = reconstruct(tiny, each, checkpoints=[5], observe=lambda n, volume: passed.update({"alone": volume}))
+        assert distance(solution.volume, alone.volume) < 1e-4
+        assert distance(passed[k], passed["alone"]) < 1e-4
+        assert solution.status == alone.status
+        assert solution.history["total"] == pytest.approx(alone.history["total"], rel=1e-4)
+
+
+def test_members_of_a_batch_stop_by_themselves(tiny):
+    solutions = fused3d.reconstruct_batch(tiny, batch_of(iterations=100, tolerance=2e-2))
+    counts = [solution.metrics["iterations"] for solution in solutions]
+    assert len(set(counts)) == 3 and sorted(counts)[1] < 100
+    for count, solution in zip(counts, solutions, strict=True):
+        assert len(solution.history["total"]) == count + 1
+        assert ("converged" in solution.status) == (count < 100)
+
+
+def test_settings_of_a_batch_differ_in_numbers_alone(tiny):
+    with pytest.raises(ValueError, match="lambda_tv alone"):
+        fused3d.reconstruct_batch(tiny, [settings(), settings(iterations=3)])
+
+
+def test_a_solve_that_was_cut_off_is_taken_up_again(tiny, tmp_path):
+    """The state on the disk is the state of the loop: the rest of the solve is the same, and the file goes."""
+    keep = iterate.Keep(tmp_path / "partial" / "state.npz", "this one", seconds=0)
+    chosen = settings(iterations=40, tolerance=0.0)
+    whole = reconstruct(tiny, chosen)
+
+    class Cut(Exception):
+        pass
+
+    def cut(n, volume):
+        raise Cut
+
+    with pytest.raises(Cut):
+        reconstruct(tiny, chosen, checkpoints=[30], observe=cut, keep=keep)
+    assert keep.path.exists()
+    seen = []
+    rest = reconstruct(tiny, chosen, checkpoints=[1, 35], observe=lambda n, volume: seen.append(n), keep=keep)
+    assert seen == [35] and not keep.path.exists()
+    assert distance(rest.volume, whole.volume) < 1e-6 and len(rest.history["total"]) == 41
+    keep.path.write_bytes(b"torn")
+    assert distance(reconstruct(tiny, chosen, keep=keep).volume, whole.volume) < 1e-6

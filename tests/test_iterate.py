@@ -29,7 +29,7 @@ def loses_its_way(goal, state, iteration):
 
 def run(step=halve, iterations=10, **options):
     state = settled(jnp.zeros(3))
-    return solve(step, jnp.float32(8), (state, jnp.array([0.0, 8.0, -1.0])), iterations, **options)
+    return solve(step, jnp.float32(8), (state, jnp.array([0.0, 8.0, -1.0])), iterations, **options)[0]
 
 
 def test_all_iterations_are_done_and_history_begins_with_the_start():
@@ -82,7 +82,7 @@ def test_a_value_that_is_not_finite_stops_with_a_sentence(step, iteration):
 
 def test_numbers_of_iterations_share_a_program():
     run(iterations=50)
-    program = sharding.spread(iterate._advancing(step), 1, donate=(1,))
+    program = sharding.spread(iterate._advancing(halve, None), 1, donate=(1,))
     compiled = program._cache_size()
     run(iterations=60, tolerance=1e-3, checkpoints=[3])
     assert program._cache_size() == compiled

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engine.projector import adjoint_error, backproject, bucket, geometry, project
+from engine.projector import adjoint_error, backproject, geometry, project
+from engine.tilts import bucket
 from tests.specimens import distance
 
 ANGLES = [-90, -70, -45, -12.3, 0, 1e-3, 30, 45, 63.4, 90]

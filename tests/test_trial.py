@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
 import zarr
 
-from engine import fused3d, metrics
+from engine import fused3d, iterate, metrics
 from sweeps import stages, trial
 from sweeps.schema import Fused3D
 from sweeps.settings import dump, load
@@ -220,19 +221,43 @@ def test_data_that_cannot_be_read_give_a_status(measured):
     assert "missing.npz" in row["status"]
 
 
-def test_a_solve_that_fails_gives_a_status(tmp_path, monkeypatch):
-    solved = fused3d.reconstruct
+def failing(monkeypatch, which):
+    """One member of every batch fails."""
+    solved = fused3d.reconstruct_batch
 
     def fails(*args, **kwargs):
-        solution = solved(*args, **kwargs)
-        object.__setattr__(solution, "ok", False)
-        object.__setattr__(solution, "status", "stopped at iteration 3: the cost is not finite")
-        return solution
+        solutions = solved(*args, **kwargs)
+        object.__setattr__(solutions[which], "ok", False)
+        object.__setattr__(solutions[which], "status", "stopped at iteration 3: the cost is not finite")
+        return solutions
 
-    monkeypatch.setattr(fused3d, "reconstruct", fails)
+    monkeypatch.setattr(fused3d, "reconstruct_batch", fails)
+
+
+def test_a_solve_that_fails_gives_a_status(tmp_path, monkeypatch):
+    failing(monkeypatch, 0)
     row = run(message(tmp_path))
     assert row["status"] == "stopped at iteration 3: the cost is not finite"
     assert row["objective"] is None and row["volume"] is None
+
+
+def test_a_solve_that_was_cut_off_goes_on_in_the_next_attempt(tmp_path, monkeypatch):
+    """The worker dies at the first state it leaves; the trial then ends with fewer iterations to do."""
+    monkeypatch.setattr(trial, "Keep", partial(iterate.Keep, seconds=0.0))
+    saved = iterate._save
+
+    def dies(*args):
+        saved(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(iterate, "_save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(message(tmp_path))
+    assert len(list((tmp_path / "partial").glob("*.npz"))) == 1
+    monkeypatch.setattr(iterate, "_save", saved)
+    row, alone = run(message(tmp_path)), run(message(tmp_path / "alone"))
+    assert row["objective"] == pytest.approx(alone["objective"], rel=1e-5)
+    assert not list((tmp_path / "partial").iterdir())
 
 
 # ---- Batches
@@ -261,15 +286,7 @@ def test_only_trials_that_differ_in_traced_numbers_are_solved_together(tmp_path)
 
 @pytest.mark.parametrize("objective", ["nrmse", "heldout"])
 def test_a_solve_that_fails_does_not_fail_its_batch(objective, tmp_path, monkeypatch):
-    solved = trial._solve_batch
-
-    def fails(*args, **kwargs):
-        solutions = solved(*args, **kwargs)
-        object.__setattr__(solutions[1], "ok", False)
-        object.__setattr__(solutions[1], "status", "stopped at iteration 3: the cost is not finite")
-        return solutions
-
-    monkeypatch.setattr(trial, "_solve_batch", fails)
+    failing(monkeypatch, 1)
     rows = trial.run(message(tmp_path, *(settings(solver__lambda_tv=tv, search__objective=objective)
                                          for tv in (0.1, 0.3, 1.0))))
     assert [row["status"] == "ok" for row in rows] == [True, False, True]
