@@ -6,6 +6,7 @@ Nobody blocks in MPI, where waiting spins on a core: both sides probe and sleep.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import json
 import os
 import queue
@@ -303,6 +304,10 @@ class _Rank:
     def leave(self) -> None:
         """Say goodbye; a trial that still runs ends with the process."""
         self.comm.send("", 0, GONE)
+        if not self.busy:
+            self.mpi.Finalize()
+            return
+        # Not os._exit: MPICH tells its launcher only in C's exit handlers that it has finalized, and a process that is
+        # gone without a word has failed and takes the job with it. Python's own shutdown would wait for the trial.
         self.mpi.Finalize()
-        if self.busy:
-            os._exit(0)
+        ctypes.CDLL(None).exit(0)
