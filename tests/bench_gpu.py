@@ -2,8 +2,7 @@
 
 Everything that needs a GPU in one command: the kernels against the reference on the CPU, their times as a share of the
 device's copy bandwidth, against the plain JAX form and ASTRA on the same GPU, whole solves, and a solve of the CPU.
-Where there is no GPU that runs the kernels it says so and ends with status 2. Solves with 16-bit duals and batches of
-weights are measured where the solver has them.
+Batches of weights are solved at once. Where there is no GPU that runs the kernels it says so and ends with status 2.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -37,7 +36,7 @@ SPAN = (-70.0, 70.0)
 # The header that `tomoatlas check` looks for; one row per solve below it.
 COLUMNS = "| size | elements | haadf tilts | chem tilts | ms per iteration | s per solve |"
 DUALS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-SOLVE = fused3d.Settings(iterations=ITERATIONS, **WEIGHTS)  # type: ignore[arg-type]
+SOLVE = fused3d.Settings(iterations=ITERATIONS, tolerance=0.0, **WEIGHTS)
 
 
 def main() -> None:
@@ -57,7 +56,7 @@ def main() -> None:
              operator_table([s for s in sizes if s <= 256], bandwidth), tv_table(sizes, bandwidth), dual_table()]
     publish("GPU: kernels", "\n\n".join(parts))
     parts = [f"{name}; cocuo, F3's SNRs, {ITERATIONS} iterations of {SOLVE.inner} TV steps.",
-             solve_table(sizes, device), short_duals(min(sizes)), batch_table()]
+             solve_table(sizes, device), batch_table()]
     if options.cpu_size:
         parts.append(against_cpu(options.cpu_size))
     publish("GPU: solves", "\n\n".join(filter(None, parts)))
@@ -269,31 +268,8 @@ def enlarged(size: int) -> MultiModal:
         snr=SNR["cocuo"])
 
 
-def short_duals(size: int) -> str:
-    """Whole solves with the duals of TV in 16 bits against 32, where the solver has the setting."""
-    if "duals" not in {field.name for field in fields(fused3d.Settings)}:
-        return ""
-    note(f"solves with 16-bit duals at {size}^3")
-    data = specimen(size, HAADF, CHEM)
-    lines = [f"Duals of TV at {size}^3:", "", "| duals | s per solve | NRMSE | cost | distance to float32 |",
-             "|---|---|---|---|---|"]
-    reference = None
-    for duals in ("float32", "float16"):
-        settings = replace(SOLVE, duals=duals)  # type: ignore[call-arg]
-        solution = fused3d.reconstruct(data, settings)
-        reference = solution.volume if reference is None else reference
-        apart = float(np.linalg.norm(solution.volume - reference) / np.linalg.norm(reference))
-        lines.append(f"| {duals} | {seconds_per_solve(data, settings):.3f} | "
-                     f"{metrics.nrmse_elements(solution.volume, data.truth).mean():.4f} | "
-                     f"{solution.metrics['cost']:.6g} | {apart:.1e} |")
-    return "\n".join(lines)
-
-
 def batch_table() -> str:
-    """Several weights of one data set solved at once, where the solver can."""
-    together = getattr(fused3d, "reconstruct_batch", None)
-    if together is None:
-        return ""
+    """Several weights of one data set solved at once."""
     data = specimen(BATCH_SIZE, HAADF, CHEM)
     alone = seconds_per_solve(data, SOLVE)
     lines = [f"Batches of lambda_tv at {BATCH_SIZE}^3, solved at once; one alone takes {alone:.3f} s:", "",
@@ -301,7 +277,7 @@ def batch_table() -> str:
     for count in BATCHES:
         note(f"a batch of {count} at {BATCH_SIZE}^3")
         batch = [replace(SOLVE, lambda_tv=SOLVE.lambda_tv * 1.2**k) for k in range(count)]
-        seconds = median_seconds(lambda batch=batch: together(data, batch))
+        seconds = median_seconds(lambda batch=batch: fused3d.reconstruct_batch(data, batch))
         lines.append(f"| {count} | {seconds:.3f} | {seconds / count:.3f} | {alone * count / seconds:.2f} |")
     return "\n".join(lines)
 
