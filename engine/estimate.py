@@ -45,7 +45,8 @@ class Estimate:
 def measured(page: str, kind: str) -> list[Measured]:
     """The measured solves of a page of benchmarks. kind: "gpu" or "core"; none where the section is missing."""
     section = page.partition(f"## {SECTIONS[kind]}\n")[2].partition("\n## ")[0]
-    return [Measured(*map(int, row[:4]), float(row[4])) for row in _ROW.findall(section)]  # type: ignore[call-arg]
+    return [Measured(int(size), int(elements), int(haadf), int(chem), float(milliseconds))
+            for size, elements, haadf, chem, milliseconds, _ in _ROW.findall(section)]
 
 
 def solve(*, system: str, method: str, elements: int, shape: tuple[int, int, int], haadf_tilts: int, chem_tilts: int,

@@ -8,6 +8,7 @@ kinds: the JAX reference, compiled by XLA for that GPU. All give the same number
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,11 +22,11 @@ def fastest(name: str, reference: Callable, *arrays: Any, **constants: Any) -> A
     arrays are traced (or pytrees of such), constants are Python's own.
     """
     def of(room: Any) -> Callable:
-        return lambda *traced: getattr(room, name)(*traced, **constants)
+        return partial(getattr(room, name), **constants)
 
     if jax.default_backend() == "cpu" and native.ready():
         return of(native)(*arrays)
-    plain = lambda *traced: reference(*traced, **constants)  # noqa: E731
+    plain = partial(reference, **constants)
     if kernels.available():
         # Decided where the program is lowered, so that a GPU's host can still run it on its CPU.
         return jax.lax.platform_dependent(*arrays, cuda=of(kernels), default=plain)

@@ -415,21 +415,23 @@ static XLA_FFI_Error *answer(XLA_FFI_CallFrame *frame, int ok) {
     return frame->api->XLA_FFI_Error_Create(&args);
 }
 
+static Rays rays_between(XLA_FFI_CallFrame *frame, XLA_FFI_Buffer *volumes, XLA_FFI_Buffer *images) {
+    const int64_t *volume = volumes->dims, *image = images->dims;
+    return (Rays){volume[0], volume[1], volume[2], volume[3], image[1], image[2], floats(argument(frame, 1)),
+                  floats(argument(frame, 2)), floats(argument(frame, 3))};
+}
+
 /* Arguments: volumes (count, nz, ny, nx), cos, sin and weight (tilt). Result: images (count, tilt, pixels, nx). */
 XLA_FFI_Error *tomoatlas_project(XLA_FFI_CallFrame *frame) {
     if (answered_version(frame)) return NULL;
-    const int64_t *volume = argument(frame, 0)->dims, *image = result(frame, 0)->dims;
-    const Rays rays = {volume[0], volume[1], volume[2], volume[3], image[1], image[2], floats(argument(frame, 1)),
-                       floats(argument(frame, 2)), floats(argument(frame, 3))};
+    const Rays rays = rays_between(frame, argument(frame, 0), result(frame, 0));
     return answer(frame, project(&rays, floats(argument(frame, 0)), floats(result(frame, 0))));
 }
 
 /* Arguments: images (count, tilt, pixels, nx), cos, sin and weight (tilt). Result: volumes (count, nz, ny, nx). */
 XLA_FFI_Error *tomoatlas_backproject(XLA_FFI_CallFrame *frame) {
     if (answered_version(frame)) return NULL;
-    const int64_t *image = argument(frame, 0)->dims, *volume = result(frame, 0)->dims;
-    const Rays rays = {volume[0], volume[1], volume[2], volume[3], image[1], image[2], floats(argument(frame, 1)),
-                       floats(argument(frame, 2)), floats(argument(frame, 3))};
+    const Rays rays = rays_between(frame, result(frame, 0), argument(frame, 0));
     return answer(frame, backproject(&rays, floats(argument(frame, 0)), floats(result(frame, 0))));
 }
 
