@@ -27,11 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import descent, model, sharding
+from engine import coupling, descent, model, sharding
 from engine.data import DataError, MultiModal, Solution
 from engine.iterate import Keep, Outcome, settled, solve
 from engine.model import GAIN_STEPS, Problem
-from engine.penalties import Dual, gradient_adjoint, prox_tv, zero_dual
+from engine.penalties import Dual, prox_tv, zero_dual
 from engine.projector import Geometry, backproject, geometry, project
 from engine.tilts import bucket
 
@@ -90,6 +90,7 @@ class State(NamedTuple):
     drift: jax.Array  # the mean relative change of the last iterations
     retreat: jax.Array  # whether the last step went wrong, so that the next goes back to the best volume
     best: jax.Array
+    best_projected: jax.Array
     best_cost: jax.Array
     metric: Metric
 
@@ -211,7 +212,7 @@ def start(problem: Problem, counts: bool) -> tuple[State, jax.Array]:
     terms = model.cost_terms(problem, x, projected, value, gain)
     state = State(x, projected, projected, signal, signal, jnp.zeros_like(problem.images), problem.lambda_chem * slope,
                   zero_dual(x), gain, jnp.float32(1), jnp.float32(1),
-                  jnp.bool_(False), x, terms[-1],
+                  jnp.bool_(False), x, projected, terms[-1],
                   _metric(problem, signal, gain, counts))
     return settled(state), terms
 
@@ -222,16 +223,14 @@ def step(problem: Problem, state: State, iteration: jax.Array, *, counts: bool) 
     grown = jnp.minimum(1 + GROWTH * iteration, GROWN)
     rho = grown * metric.rho
     image_dual, map_dual = _image_step(problem, state, rho), _map_step(problem, state, counts)
-    slope = model.scattering_slope(problem, x)
-    pull = slope * model.backproject_images(problem, image_dual)
-    # x^gamma is convex: where the images push an element down its own curvature adds to the metric.
-    bend = (problem.gamma - 1) * jnp.maximum(pull, 0) / x
-    force = pull + model.backproject_maps(problem, map_dual)
-    new, tv_dual = _coupled_prox(problem, x, force, slope, rho * state.caution,
-                                 grown * state.caution * metric.volume + bend, state.tv_dual)
+    block = coupling.Block(
+        x, model.backproject_images(problem, image_dual), model.backproject_maps(problem, map_dual), metric.volume,
+        problem.contrast, problem.gamma, grown * state.caution, rho * state.caution, jnp.float32(model.FLOOR))
+    target, rate = coupling.target(block, state.tv_dual)
+    _, tv_dual = prox_tv(target, problem.lambda_tv, rate, state.tv_dual, problem.inner, model.FLOOR, problem.planes)
+    new, scatter = coupling.minimiser(block, tv_dual)
     new = jnp.where(state.retreat, state.best, new)
-
-    projected = model.project_images(problem, model.scattering(problem, new))
+    projected = jnp.where(state.retreat, state.best_projected, model.project_images(problem, scatter))
     value, _, signal = model.misfit(problem, new, counts)
     refit = iteration < GAIN_STEPS
     gain = jnp.where(refit, model.fit_gain(problem, projected, signal), state.gain)
@@ -249,7 +248,8 @@ def step(problem: Problem, state: State, iteration: jax.Array, *, counts: bool) 
         signal=signal, signal_before=jnp.where(state.retreat, signal, state.signal),
         image_dual=kept * image_dual, map_dual=map_dual, tv_dual=Dual(*(kept * d for d in tv_dual)), gain=gain,
         caution=jnp.where(wrong, 2 * state.caution, jnp.maximum(TRUST * state.caution, 1)), drift=drift,
-        retreat=wrong, best=jnp.where(improved, new, state.best), best_cost=best_cost, metric=metric)
+        retreat=wrong, best=jnp.where(improved, new, state.best),
+        best_projected=jnp.where(improved, projected, state.best_projected), best_cost=best_cost, metric=metric)
     return moved, terms, moved.drift
 
 
@@ -279,39 +279,6 @@ def _map_step(problem: Problem, state: State, counts: bool) -> jax.Array:
     error = slope / root + root * model.map_seen(problem) * (state.signal - state.signal_before)
     keep = 1 / (1 + state.metric.maps)
     return root * (_filter(keep, state.map_dual / root) + _filter(state.metric.maps * keep, error))
-
-
-def _coupled_prox(problem: Problem, x: jax.Array, force: jax.Array, slope: jax.Array, rho: jax.Array, h: jax.Array,
-                  dual: Dual) -> tuple[jax.Array, Dual]:
-    """argmin over u >= floor of <force, u> + lambda_tv TV(u) + |u - x|^2 / 2 in the metric h + rho slope slope'.
-
-    The TV steps see the elements apart, under the pull that couples them for the last dual: since h is the smaller
-    metric, that still raises the dual objective. The volume is then exact for the new dual.
-    """
-    rate = 1 / h
-    pulled = force + gradient_adjoint(dual, joined=True)
-    _, dual = prox_tv(x - rate * (force + slope * _pull(x, pulled, slope, rho, rate)), problem.lambda_tv, rate, dual,
-                      problem.inner, model.FLOOR, problem.planes)
-    pulled = force + gradient_adjoint(dual, joined=True)
-    return jnp.maximum(x - rate * (pulled + slope * _pull(x, pulled, slope, rho, rate)), model.FLOOR), dual
-
-
-def _pull(x: jax.Array, force: jax.Array, slope: jax.Array, rho: jax.Array, rate: jax.Array) -> jax.Array:
-    """rho slope . (u - x), (z, y, x), of the minimiser u without TV in the metric 1 / rate + rho slope slope'.
-
-    The root of a concave, piecewise linear function with a kink per element at most, so that Newton's method ends
-    after one step more than that. A loop, for XLA would compute it anew in all that reads it; element by element in
-    there, since sums over the leading axis took ten times as long.
-    """
-    def newton(_: int, total: jax.Array) -> jax.Array:
-        excess, curvature = total, jnp.float32(1)
-        for e in range(len(x)):
-            u = x[e] - rate[e] * (force[e] + slope[e] * total)
-            excess = excess - rho * slope[e] * (jnp.maximum(u, model.FLOOR) - x[e])
-            curvature = curvature + jnp.where(u > model.FLOOR, rho * slope[e] ** 2 * rate[e], 0)
-        return total - excess / curvature
-
-    return jax.lax.fori_loop(0, len(x) + 1, newton, jnp.zeros(x.shape[1:]))
 
 
 def _metric(problem: Problem, signal: jax.Array, gain: jax.Array, counts: bool) -> Metric:

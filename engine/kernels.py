@@ -1,4 +1,4 @@
-"""GPU kernels of the fused solver: one per projection, one per back projection, one per step of total variation.
+"""GPU kernels of the fused solver: for projection, back projection, a step of total variation, and the coupling.
 
 Written with Pallas and lowered to Triton through XLA, which serves GPUs of compute capability 8.0 and above (A100 to
 H200); Pallas' other back end, Mosaic GPU, starts at 9.0 and cannot gather rows by index. On older GPUs (V100, T4: 7.0
@@ -13,7 +13,8 @@ ray and row takes two taps, 6.3 GB from L1 cache (0.22 ms at an H200's 28 TB/s).
 neighbouring tilts share rows, so that about 2 GB come from L2 (0.4 ms at 5 TB/s). Programs run x block by x block, and
 a block of the volume (17 MB) stays in L2 (50 MB): device memory moves the least there is, 80 MB (0.02 ms). The back
 projection tiles z and y: 32 voxels read some 10 rows per tilt, 1 GB from L2. A TV step is bound by device memory:
-8 arrays, 0.54 GB per element (0.13 ms at 4.3 TB/s), 5 with 16-bit duals; the primal at the end takes 6, or 4.5.
+8 arrays, 0.54 GB per element (0.13 ms at 4.3 TB/s), 5 with 16-bit duals; the primal at the end takes 6, or 4.5. So is
+the coupling, which moves 8 and holds all elements of a voxel in registers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
+    from engine.coupling import Block
     from engine.projector import Geometry
 
 # Rows and columns of a program's tile; powers of two, as Triton wants them. 16 sums per thread keep eight 16-byte loads
@@ -100,6 +102,20 @@ def prox_tv(volume: jax.Array, metric: jax.Array, dual: Field, weight: jax.Array
 
     field = _repeated(step, tuple(dual), steps)
     return primal(volume, metric, Dual(*(f.astype(volume.dtype) for f in field)), floor), field
+
+
+def couple(block: Block, dual: Field, edge: jax.Array, *, final: bool, interpret: bool = False,
+           ) -> tuple[jax.Array, jax.Array]:
+    """`coupling.couple_reference` in one launch: all elements of a voxel in registers."""
+    elements, nz, ny, nx = block.x.shape
+    width = _width(nx, elements * nz * ny, _X // 2)
+    body = partial(_couple_rows, shape=(elements, nz, ny, nx), width=width, final=final)
+    call = _kernel(body, (-(-nx // width), -(-ny // _TV_Y), nz), interpret)
+    out = tuple(jax.ShapeDtypeStruct(shape, jnp.float32)
+                for shape in (block.x.shape, block.x.shape[1:] if final else block.x.shape))
+    arrays = (block.contrast, block.x, block.images, block.maps, block.bound, edge, *dual)
+    numbers = jnp.stack([block.gamma, block.scale, block.rho, block.floor])
+    return call(numbers, *(a.reshape(-1) for a in arrays), out_shape=out)
 
 
 def _tv_step(volume: jax.Array, metric: jax.Array, field: Field, numbers: jax.Array, interpret: bool) -> Field:
@@ -257,6 +273,55 @@ def _tv_rows(numbers: Any, volume: Any, metric: Any, *refs: Any, shape: tuple[in
     shrink = jnp.minimum(1.0, weight * jax.lax.rsqrt(jnp.maximum(square, 1e-36)))
     for out, field in zip(refs[3:], raised):
         triton.store(out.at[z, y, x], (field * shrink).astype(out.dtype), mask=tile.inside(0, 0, 0))
+
+
+def _couple_rows(numbers: Any, contrast: Any, *refs: Any, shape: tuple[int, int, int, int], width: int, final: bool,
+                 ) -> None:
+    """Some rows of voxels: each element's share for no pull, Newton's method for the pull, the shares for that."""
+    elements, nz, ny, nx = shape
+    pl, triton = _pallas()
+    z, y = jnp.full((_TV_Y, 1), pl.program_id(2)), (pl.program_id(1) * _TV_Y + jnp.arange(_TV_Y))[:, None]
+    x = (pl.program_id(0) * width + jnp.arange(width))[None, :]
+    row = z * ny + y
+    here = _Tile((nz, ny, nx), z, y, x, row * nx + x)
+    gamma, scale, rho, floor = (numbers[k] for k in range(4))
+    volume, image, maps, bound, edge, *field = refs[:-2]
+    first, second = refs[-2:]
+    image = here.read(image, 0, 0, 0)
+    each = []
+    for e in range(elements):
+        tile = here._replace(place=here.place + e * (nz * ny * nx))
+        now = tile.read(volume, 0, 0, 0)
+        slope = gamma * contrast[e] * jnp.exp((gamma - 1) * jnp.log(now))
+        pull = slope * image
+        rate = 1 / (scale * tile.read(bound, 0, 0, 0) + (gamma - 1) * jnp.maximum(pull, 0) / now)
+        before = triton.load(edge.at[e * (nz * ny) + row], mask=y < ny, other=0.0).astype(jnp.float32)
+        back = jnp.where(x == 0, before, tile.read(field[2], 0, 0, -1))
+        back += tile.read(field[0], -1, 0, 0) + tile.read(field[1], 0, -1, 0)
+        back -= sum(tile.read(component, 0, 0, 0) for component in field)
+        plain = now - rate * (pull + tile.read(maps, 0, 0, 0))
+        each.append((now, plain, rate, plain - rate * back, rate * slope, rho * slope))
+
+    def newton(_: int, total: jax.Array) -> jax.Array:
+        excess, curvature = total, jnp.ones_like(total)
+        for now, _plain, _rate, free, give, weight in each:
+            u = free - give * total
+            excess -= weight * (jnp.maximum(u, floor) - now)
+            curvature += jnp.where(u > floor, weight * give, 0.0)
+        return total - excess / curvature
+
+    total = jax.lax.fori_loop(0, elements + 1, newton, jnp.zeros((_TV_Y, width), jnp.float32))
+    scatter, mask = jnp.zeros_like(total), here.inside(0, 0, 0)
+    for e, (_now, plain, rate, free, give, _weight) in enumerate(each):
+        if final:
+            new = jnp.maximum(free - give * total, floor)
+            scatter += contrast[e] * jnp.exp(gamma * jnp.log(new))
+            triton.store(first.at[e, z, y, x], new, mask=mask)
+        else:
+            triton.store(first.at[e, z, y, x], plain - give * total, mask=mask)
+            triton.store(second.at[e, z, y, x], rate, mask=mask)
+    if final:
+        triton.store(second.at[z, y, x], scatter, mask=mask)
 
 
 def _ray_table(rays: Geometry, nz: int, ny: int, pixels: int) -> jax.Array:

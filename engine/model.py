@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import sharding
+from engine import coupling, sharding
 from engine.data import MultiModal
 from engine.losses import least_squares, poisson, poisson_curvature
 from engine.penalties import total_variation
@@ -172,7 +172,7 @@ def likelihood(problem: Problem, expected: jax.Array, counts: bool) -> tuple[jax
 
 def backproject_maps(problem: Problem, maps: jax.Array) -> jax.Array:
     """(s A_c)' of (element, tilt, y, x): (element, z, y, x)."""
-    return problem.sensitivity * backproject(maps, problem.map_rays, *problem.start.shape[1:3])
+    return backproject(problem.sensitivity * maps, problem.map_rays, *problem.start.shape[1:3])
 
 
 def cost_terms(problem: Problem, x: jax.Array, projected: jax.Array | None, chem: jax.Array,
@@ -213,13 +213,12 @@ def chemical_curvature(problem: Problem, signal: jax.Array, counts: bool) -> jax
 
 def scattering(problem: Problem, x: jax.Array) -> jax.Array:
     """sum_i c_i x_i^gamma per voxel, (z, y, x); x > 0."""
-    # Element by element, and by exp and log: XLA's CPU loops vectorise neither a sum over the leading axis nor a power.
-    return sum(c * jnp.exp(problem.gamma * jnp.log(x_e)) for c, x_e in zip(problem.contrast, x))
+    return coupling.scattering(x, problem.contrast, problem.gamma)
 
 
 def scattering_slope(problem: Problem, x: jax.Array) -> jax.Array:
     """Its derivative with respect to x_i: gamma c_i x_i^(gamma - 1), (element, z, y, x)."""
-    return problem.gamma * problem.contrast * jnp.exp((problem.gamma - 1) * jnp.log(x))
+    return coupling.scattering_slope(x, problem.contrast, problem.gamma)
 
 
 def project_images(problem: Problem, scatter: jax.Array) -> jax.Array:

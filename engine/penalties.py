@@ -39,14 +39,14 @@ def gradient(volume: jax.Array, span: Span | None = None) -> Dual:
     return Dual(z, y, x)
 
 
-def gradient_adjoint(dual: Dual, joined: bool = False) -> jax.Array:
+def gradient_adjoint(dual: Dual, before: jax.Array | None = None) -> jax.Array:
     """The adjoint of `gradient` (minus the divergence) of a field that is 0 behind the last voxel.
 
-    joined: across slabs; else a slab is a volume by itself.
+    before: the x component in front of the first plane, (..., z, y, 1), where the volume goes on there.
     """
     z, y, x = (_shifted(field, axis, -1) - field for field, axis in zip(dual, _AXES))
-    if joined and sharding.slabs() > 1:
-        x = sharding.overlap(dual.x, 1, 0)[..., :-1] - dual.x
+    if before is not None:
+        x = jnp.concatenate([before.astype(dual.x.dtype), dual.x[..., :-1]], axis=-1) - dual.x
     return z + y + x
 
 

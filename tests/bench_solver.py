@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import fused3d, model, simulate
+from engine import coupling, fused3d, model, simulate
 from engine.data import MultiModal
 from engine.penalties import prox_tv
 from engine.phantoms import ELEMENTS, FIELD_NM, phantom
@@ -79,7 +79,12 @@ def parts(data: MultiModal) -> dict[str, float]:
     problem = model.build(data, gamma=1.6, weights="z_gamma", inner=4, **WEIGHTS)
     state, _ = jax.jit(partial(fused3d.start, counts=True))(problem)
     x, rate = state.x, 1 / (state.metric.volume + 1)
-    slope, pull = model.scattering_slope(problem, x), 0.1 * x
+    block = coupling.Block(x, 0.1 * x[0], 0.1 * x, state.metric.volume, problem.contrast, problem.gamma, jnp.float32(1),
+                           jnp.float32(1), jnp.float32(model.FLOOR))
+
+    def coupled(operator: Callable) -> Callable[[Any], Any]:
+        return lambda v: operator(block._replace(x=v), state.tv_dual)[0]
+
     named: dict[str, tuple[Callable[[Any], Any], jax.Array]] = {
         "HAADF: projection": (lambda v: model.project_images(problem, v), x[0]),
         "HAADF: back projection": (lambda p: model.backproject_images(problem, p), state.image_dual),
@@ -87,11 +92,9 @@ def parts(data: MultiModal) -> dict[str, float]:
         "maps: back projection": (lambda p: model.backproject_maps(problem, p), state.map_dual),
         "filters of both duals": (lambda p: fused3d._map_step(problem, state._replace(signal=p), True), state.signal),
         "TV: four steps": (lambda v: prox_tv(v, problem.lambda_tv, rate, state.tv_dual, 4, model.FLOOR)[0], x),
-        "coupling of the elements, twice": (lambda v: fused3d._pull(v, pull, slope, jnp.float32(1), rate), x),
-        "power of x and its slope": (lambda v: model.scattering(problem, v) + model.scattering_slope(problem, v), x)}
-    found = {name: within(operator, start, touch, 5)[1] for name, (operator, start) in named.items()}
-    found["coupling of the elements, twice"] *= 2
-    return found
+        "coupling of the elements: TV's target": (coupled(coupling.target), x),
+        "coupling of the elements: the next volume": (coupled(coupling.minimiser), x)}
+    return {name: within(operator, start, touch, 5)[1] for name, (operator, start) in named.items()}
 
 
 def where() -> str:

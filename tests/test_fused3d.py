@@ -12,7 +12,6 @@ import pytest
 from engine import descent, fused3d, iterate, metrics, model, sharding
 from engine.data import DataError
 from engine.fused3d import Settings, predict, reconstruct
-from engine.penalties import zero_dual
 from tests.specimens import as_net_counts, distance, flipped, simulated, with_images, with_maps
 
 DESCENTS = ("fused", "plain", "fista", "chem_tv")
@@ -71,19 +70,6 @@ def test_held_out_and_padded_tilts_have_no_gradient_and_no_cost(tiny):
     assert float(model.chemistry(full, full.start, True).value) > 0
     nothing = model.chemistry(held, full.start, True)
     assert float(nothing.value) == 0 and not np.asarray(nothing.slope).any()
-
-
-@pytest.mark.parametrize("rho", [1e-3, 1.0, 1e3])
-def test_the_coupled_step_meets_its_optimality_conditions(tiny, rho):
-    """Without TV: H (u - x) + rho S' (S' . (u - x)) + force is 0 where u is free and not negative on the floor."""
-    problem, rng = problem_of(tiny, lambda_tv=0.0), np.random.default_rng(2)
-    x, h = (jnp.asarray(a + rng.random(tiny.truth.shape), jnp.float32) for a in (0.01, 0.5))
-    slope, force = 2 * h[::-1], jnp.asarray(rng.normal(size=x.shape), jnp.float32)
-    u, _ = fused3d._coupled_prox(problem, x, force, slope, jnp.float32(rho), h, zero_dual(x))
-    rest = np.asarray(h * (u - x) + rho * slope * (slope * (u - x)).sum(0) + force)
-    free = np.asarray(u) > model.FLOOR
-    assert 0.1 < free.mean() < 0.99
-    assert np.abs(rest[free]).max() < 1e-3 * (1 + rho) and rest[~free].min() > -1e-3 * (1 + rho)
 
 
 # ---- Costs
