@@ -132,7 +132,7 @@ def test_a_batch_is_one_after_the_other(form):
     block, dual, edge = block_of((2, 3, 4, 5))
     gammas = jnp.asarray([1.2, 1.6, 2.0])
     for ours in form:
-        together = jitted(jax.vmap(lambda g, ours=ours: ours(block._replace(gamma=g), dual, edge)))(gammas)
+        together = jitted(jax.vmap(lambda g, ours=ours.__wrapped__: ours(block._replace(gamma=g), dual, edge)))(gammas)
         for k, gamma in enumerate(gammas):
             one = ours(block._replace(gamma=gamma), dual, edge)
             assert max(distance(a[k], b) for a, b in zip(together, one)) < 1e-6
