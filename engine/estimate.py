@@ -11,7 +11,7 @@ from engine.tilts import bucket
 _SINGLE = 4  # bytes of a number
 # Volumes (all elements) that XLA keeps beside state and problem while a step runs: its memory analysis of the compiled
 # loop at 32^3 to 48^3, which tests/test_estimate.py repeats. A GPU's fusions may need less.
-_WORKING = {"fused": 7.0, "chem_tv": 5.2, "plain": 4.4, "fista": 4.9, "ml": 2.9, "sirt": 3.0}
+_WORKING = {"fused": 3.0, "chem_tv": 2.1, "plain": 4.4, "fista": 3.3, "ml": 2.9, "sirt": 3.0}
 # Relative work: of a projection or back projection per voxel and tilt, a TV step per voxel and element, the rest of an
 # iteration per voxel and element. In nanoseconds, on one core with AVX-512 (docs/BENCHMARKS.md has the measurement).
 _CORE_NS = {"projection": 0.07, "tv": 2.3, "rest": 15.0}

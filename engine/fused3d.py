@@ -31,7 +31,7 @@ from engine import coupling, descent, model, sharding
 from engine.data import DataError, MultiModal, Solution
 from engine.iterate import Keep, Outcome, settled, solve
 from engine.model import GAIN_STEPS, Problem
-from engine.penalties import Dual, prox_tv, zero_dual
+from engine.penalties import Dual, tv_dual, zero_dual
 from engine.projector import Geometry, backproject, geometry, project
 from engine.tilts import bucket
 
@@ -227,10 +227,12 @@ def step(problem: Problem, state: State, iteration: jax.Array, *, counts: bool) 
         x, model.backproject_images(problem, image_dual), model.backproject_maps(problem, map_dual), metric.volume,
         problem.contrast, problem.gamma, grown * state.caution, rho * state.caution, jnp.float32(model.FLOOR))
     target, rate = coupling.target(block, state.tv_dual)
-    _, tv_dual = prox_tv(target, problem.lambda_tv, rate, state.tv_dual, problem.inner, model.FLOOR, problem.planes)
-    new, scatter = coupling.minimiser(block, tv_dual)
-    new = jnp.where(state.retreat, state.best, new)
-    projected = jnp.where(state.retreat, state.best_projected, model.project_images(problem, scatter))
+    kept = jnp.where(state.retreat, 0.0, 1.0)
+    # A retreat drops the duals: below no weight at all they are 0.
+    dual = tv_dual(target, kept * problem.lambda_tv, rate, state.tv_dual, problem.inner, model.FLOOR, problem.planes)
+    new, scatter = coupling.minimiser(block, dual)
+    new, projected = jax.lax.cond(state.retreat, lambda: (state.best, state.best_projected),
+                                  lambda: (new, model.project_images(problem, scatter)))
     value, _, signal = model.misfit(problem, new, counts)
     refit = iteration < GAIN_STEPS
     gain = jnp.where(refit, model.fit_gain(problem, projected, signal), state.gain)
@@ -239,14 +241,13 @@ def step(problem: Problem, state: State, iteration: jax.Array, *, counts: bool) 
     improved = (terms[-1] <= state.best_cost) | (refit & jnp.isfinite(terms[-1]))
     best_cost = jnp.where(improved, terms[-1], state.best_cost)
     wrong = ~(terms[-1] < RETREAT * best_cost) & ~state.retreat
-    kept = jnp.where(state.retreat, 0.0, 1.0)
     # Steps that the growing metric or caution made short are no sign of convergence, and a retreat is none either.
     relative = sharding.relative_change(new, x) * grown * state.caution
     drift = jnp.where(state.retreat, 1.0, state.drift + MEMORY * (relative - state.drift))
     moved = State(
         x=new, projected=projected, projected_before=jnp.where(state.retreat, projected, state.projected),
         signal=signal, signal_before=jnp.where(state.retreat, signal, state.signal),
-        image_dual=kept * image_dual, map_dual=map_dual, tv_dual=Dual(*(kept * d for d in tv_dual)), gain=gain,
+        image_dual=kept * image_dual, map_dual=map_dual, tv_dual=dual, gain=gain,
         caution=jnp.where(wrong, 2 * state.caution, jnp.maximum(TRUST * state.caution, 1)), drift=drift,
         retreat=wrong, best=jnp.where(improved, new, state.best),
         best_projected=jnp.where(improved, projected, state.best_projected), best_cost=best_cost, metric=metric)

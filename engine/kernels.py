@@ -87,7 +87,8 @@ def backproject(projections: jax.Array, rays: Geometry, nz: int, ny: int, *, int
 
 
 def prox_tv(volume: jax.Array, metric: jax.Array, dual: Field, weight: jax.Array, floor: jax.Array, steps: jax.Array,
-            low: jax.Array, high: jax.Array, *, interpret: bool = False) -> tuple[jax.Array, Field]:
+            low: jax.Array, high: jax.Array, *, dual_only: bool = False, interpret: bool = False,
+            ) -> tuple[jax.Array | None, Field]:
     """`penalties.prox_tv_reference`: a launch per step, and one for the primal, which XLA may fuse with what follows.
 
     The duals may be of 16 bits: sums are of 32, and the primal belongs to the duals as they are returned.
@@ -101,6 +102,8 @@ def prox_tv(volume: jax.Array, metric: jax.Array, dual: Field, weight: jax.Array
         return _tv_step(volume, metric, field, numbers, interpret)
 
     field = _repeated(step, tuple(dual), steps)
+    if dual_only:
+        return None, field
     return primal(volume, metric, Dual(*(f.astype(volume.dtype) for f in field)), floor), field
 
 

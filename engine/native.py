@@ -92,8 +92,8 @@ def backproject(projections: jax.Array, rays: Geometry, nz: int, ny: int) -> jax
     return volumes.reshape(*lead, nz, ny, nx)
 
 
-def prox_tv(volume: jax.Array, metric: jax.Array, dual: Field, weight: jax.Array, floor: jax.Array,
-            steps: jax.Array, low: jax.Array, high: jax.Array) -> tuple[jax.Array, Field]:
+def prox_tv(volume: jax.Array, metric: jax.Array, dual: Field, weight: jax.Array, floor: jax.Array, steps: jax.Array,
+            low: jax.Array, high: jax.Array, *, dual_only: bool) -> tuple[jax.Array | None, Field]:
     """As `penalties.prox_tv_reference`, on the CPU; several steps in one pass over memory."""
     import jax
     import jax.numpy as jnp
@@ -104,9 +104,11 @@ def prox_tv(volume: jax.Array, metric: jax.Array, dual: Field, weight: jax.Array
     shape = jax.ShapeDtypeStruct(volume.reshape(flat).shape, jnp.float32)
     numbers, integers = jnp.stack([weight, floor, jnp.float32(RELAX)]), jnp.stack([steps, low, high])
     arrays = (a.reshape(flat).astype(jnp.float32) for a in (volume, metric, *dual))
-    primal, *field = _call(_HANDLERS[2], (shape,) * 4, *arrays, numbers, integers)
-    z, y, x = (a.reshape(volume.shape).astype(d.dtype) for a, d in zip(field, dual))
-    return primal.reshape(volume.shape), (z, y, x)
+    # The dual is raised in the memory it lies in: else a solve's loop would copy it in every iteration.
+    *field, last = _call(_HANDLERS[2], (shape,) * (3 if dual_only else 4), *arrays, numbers, integers,
+                         in_place={2: 0, 3: 1, 4: 2})
+    z, y, x = (a.reshape(volume.shape).astype(d.dtype) for a, d in zip((*field, last), dual))
+    return None if dual_only else last.reshape(volume.shape), (z, y, x)
 
 
 def couple(block: Block, dual: Field, edge: jax.Array, *, final: bool) -> tuple[jax.Array, jax.Array]:
@@ -121,11 +123,11 @@ def couple(block: Block, dual: Field, edge: jax.Array, *, final: bool) -> tuple[
     return first, second
 
 
-def _call(name: str, shapes, *arrays):
+def _call(name: str, shapes, *arrays, in_place: dict[int, int] | None = None):
     import jax
 
     # A batch (vmap) is taken one by one: each call fills the cores by itself.
-    return jax.ffi.ffi_call(name, shapes, vmap_method="sequential")(*arrays)
+    return jax.ffi.ffi_call(name, shapes, vmap_method="sequential", input_output_aliases=in_place)(*arrays)
 
 
 def _library(include: str) -> Path:

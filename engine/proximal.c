@@ -11,148 +11,162 @@
 
 /* ------------------------------------------------------------------------------------------- total variation */
 
-typedef struct { const float *z, *y, *x; } Dual;
-typedef struct { float *z, *y, *x; } DualOut;
+typedef struct { float *z, *y, *x; } Dual;
 typedef struct {
     size nz, ny, nx, low, high; /* planes low .. high - 1 exist: no difference is taken across their ends */
     float weight, floor, relax;
     const float *volume, *metric;
-    Dual dual;
+    Dual dual;     /* raised in place */
     float *primal; /* NULL: not asked for */
-    DualOut out;
 } Variation;
+
+/* Planes z0 .. z1 - 1 of a volume, and those from .. to - 1 that they depend on, of which it has copies. */
+typedef struct { size z0, z1, from, to; Dual before, behind; } Slab;
 
 static Dual plane_of(Dual d, size offset) { return (Dual){d.z + offset, d.y + offset, d.x + offset}; }
 
-/* u = max(volume - metric K'dual, floor) of plane z; below: the z component of the plane before it, or zeros. */
-static void primal_plane(const Variation *v, size z, Dual d, const float *below, const float *zeros,
-                         float *restrict u) {
+static Dual slab_plane(const Variation *v, const Slab *s, size z) {
+    const size plane = v->ny * v->nx;
+    if (z < s->z0) return plane_of(s->before, (z - s->from) * plane);
+    return z < s->z1 ? plane_of(v->dual, z * plane) : plane_of(s->behind, (z - s->z1) * plane);
+}
+
+/* u = max(volume - metric K'dual, floor) of row y of plane z. zeros: a row of them. */
+static void primal_row(const Variation *v, const Slab *s, size z, size y, const float *zeros, float *restrict u) {
     const size nx = v->nx;
+    const float *volume = v->volume + (z * v->ny + y) * nx, *metric = v->metric + (z * v->ny + y) * nx;
+    const Dual d = plane_of(slab_plane(v, s, z), y * nx);
+    const float *below = z > s->from ? slab_plane(v, s, z - 1).z + y * nx : zeros, *before = y ? d.y - nx : zeros;
+    const float floor = v->floor, *restrict dz = d.z, *restrict dy = d.y, *restrict dx = d.x;
+    /* From y = 1 on there is a value in front of the row, another row's: the first voxel is set apart from it below. */
+    for (size x = !y; x < nx; x++) {
+        const float value = volume[x] - metric[x] * (below[x] - dz[x] + before[x] - dy[x] + dx[x - 1] - dx[x]);
+        u[x] = value < floor ? floor : value; /* this way round a NaN stays */
+    }
+    const float first = volume[0] - metric[0] * (below[0] - dz[0] + before[0] - dy[0] - dx[0]);
+    u[0] = first < floor ? floor : first;
+}
+
+/* relax / (6 (metric here + the largest here and behind)), the step size of a plane's dual. */
+static void rate_plane(const Variation *v, size z, const float *zeros, float *rate) {
+    const size nx = v->nx;
+    const float relax = v->relax / 6;
     for (size y = 0; y < v->ny; y++) {
-        const float *volume = v->volume + (z * v->ny + y) * nx, *metric = v->metric + (z * v->ny + y) * nx;
-        const float *dz = d.z + y * nx, *dy = d.y + y * nx, *dx = d.x + y * nx, *bz = below + y * nx;
-        const float *by = y ? dy - nx : zeros;
-        float *restrict to = u + y * nx;
-        const float left = bz[0] - dz[0] + by[0] - dy[0] - dx[0], first = volume[0] - metric[0] * left;
-        to[0] = first < v->floor ? v->floor : first;
-        for (size x = 1; x < nx; x++) {
-            const float value = volume[x] - metric[x] * (bz[x] - dz[x] + by[x] - dy[x] + dx[x - 1] - dx[x]);
-            to[x] = value < v->floor ? v->floor : value; /* this way round a NaN stays */
+        const float *m = v->metric + (z * v->ny + y) * nx;
+        const float *m_z = z < v->nz - 1 ? m + v->ny * nx : zeros, *m_y = y < v->ny - 1 ? m + nx : zeros;
+        float *restrict to = rate + y * nx;
+        for (size x = 0; x < nx; x++) {
+            const float most = m_z[x] > m_y[x] ? m_z[x] : m_y[x];
+            to[x] = most > m[x] ? most : m[x];
         }
+        for (size x = 0; x < nx - 1; x++) to[x] = relax / (m[x] + (m[x + 1] > to[x] ? m[x + 1] : to[x]));
+        to[nx - 1] = relax / (m[nx - 1] + to[nx - 1]);
     }
 }
 
-/* One projected gradient step of a row of the dual. z, y: the rows behind this one; crossed: 0 where x has none. */
-static void dual_row(size count, float relax, float weight, const float *restrict metric,
-                     const float *restrict metric_z, const float *restrict metric_y, const float *restrict metric_x,
-                     const float *restrict u, const float *restrict u_z, const float *restrict u_y,
-                     const float *restrict u_x, const float *restrict crossed, const float *restrict dz,
-                     const float *restrict dy, const float *restrict dx, float *restrict tz, float *restrict ty,
-                     float *restrict tx) {
+/* One projected gradient step of a row of the dual. u_z, u_y: the rows behind; crossed: 0 where x has none. */
+static void dual_row(size count, float weight, const float *restrict rate, const float *restrict u,
+                     const float *restrict u_z, const float *restrict u_y, const float *restrict crossed,
+                     float *restrict dz, float *restrict dy, float *restrict dx) {
     for (size x = 0; x < count; x++) {
-        const float far = metric_z[x] > metric_y[x] ? metric_z[x] : metric_y[x];
-        const float near = metric[x] > metric_x[x] ? metric[x] : metric_x[x];
-        const float rate = relax / (metric[x] + (far > near ? far : near));
-        const float a = dz[x] + rate * (u_z[x] - u[x]), b = dy[x] + rate * (u_y[x] - u[x]);
-        const float c = dx[x] + rate * crossed[x] * (u_x[x] - u[x]);
+        const float a = dz[x] + rate[x] * (u_z[x] - u[x]), b = dy[x] + rate[x] * (u_y[x] - u[x]);
+        const float c = dx[x] + rate[x] * crossed[x] * (u[x + 1] - u[x]);
         const float length = sqrtf(a * a + b * b + c * c);
         const float shrink = length > weight ? weight / length : 1;
-        tz[x] = a * shrink, ty[x] = b * shrink, tx[x] = c * shrink;
+        dz[x] = a * shrink, dy[x] = b * shrink, dx[x] = c * shrink;
     }
 }
 
-/* The same for plane z. above: u of the plane behind it (u itself for the last). */
-static void dual_plane(const Variation *v, size z, Dual d, const float *u, const float *above, const float *zeros,
-                       const float *crossed, DualOut to) {
+/* Memory of a slab's pass: per step a plane of u and one row more; step sizes of the planes that steps are at. */
+typedef struct { size stride; float *u, *rate, *zeros, *crossed; } Room;
+
+static float *u_row(const Variation *v, const Room *r, int step, size z, size y) {
+    return r->u + (step * (v->ny + 1) + (z * v->ny + y) % (v->ny + 1)) * r->stride;
+}
+
+/* Step `step` of plane z. The dual is overwritten, and so u of the plane behind is taken from it row by row ahead. */
+static void step_plane(const Variation *v, const Slab *s, const Room *r, int step, int steps, size z) {
     const size nx = v->nx;
+    const float *rate = r->rate + z % steps * v->ny * nx;
+    const Dual d = slab_plane(v, s, z);
+    for (size y = 0; z == s->from && y < v->ny; y++) primal_row(v, s, z, y, r->zeros, u_row(v, r, step, z, y));
     for (size y = 0; y < v->ny; y++) {
-        const size row = y * nx;
-        const float *m = v->metric + (z * v->ny + y) * nx, *here = u + row;
-        const float *m_z = z < v->nz - 1 ? m + v->ny * nx : zeros, *m_y = y < v->ny - 1 ? m + nx : zeros;
-        const float *u_y = y < v->ny - 1 ? here + nx : here;
-        /* The last voxel by itself: there is nothing behind it. */
-        for (size x = 0, count = nx - 1; x < nx; x += count, count = 1) {
-            const int last = x == nx - 1;
-            dual_row(last ? 1 : count, v->relax / 6, v->weight, m + x, m_z + x, m_y + x, last ? zeros : m + x + 1,
-                     here + x, above + row + x, u_y + x, last ? here + x : here + x + 1, crossed + x, d.z + row + x,
-                     d.y + row + x, d.x + row + x, to.z + row + x, to.y + row + x, to.x + row + x);
-            if (last) break;
-        }
+        const float *u = u_row(v, r, step, z, y), *u_y = y < v->ny - 1 ? u_row(v, r, step, z, y + 1) : u;
+        float *u_z = z < s->to - 1 ? u_row(v, r, step, z + 1, y) : NULL;
+        if (u_z) primal_row(v, s, z + 1, y, r->zeros, u_z);
+        dual_row(nx, v->weight, rate + y * nx, u, u_z ? u_z : u, u_y, r->crossed, d.z + y * nx,
+                 d.y + y * nx, d.x + y * nx);
     }
 }
 
-/* All steps of planes z0 .. z1 - 1 in one pass: as a plane arrives, step s takes the plane s before it. `steps` planes
- * on either side are computed too and thrown away, so that slabs need not wait for each other. */
-static int variation_slab(const Variation *v, int steps, size z0, size z1) {
-    const size plane = v->ny * v->nx, from = z0 > steps ? z0 - steps : 0, to = least(v->nz, z1 + steps);
-    const size pad = (plane + 15) / 16 * 16;
-    /* Per step two planes of u and two of each dual component; then zeros and the mask of x. */
-    float *memory = scratch(sizeof(float) * (pad * (8 * (steps + 1) + 1) + v->nx), 0);
-    if (!memory) return 0;
-    float *zeros = memory + pad * 8 * (steps + 1), *crossed = zeros + pad;
-    memset(zeros, 0, sizeof(float) * pad);
-    for (size x = 0; x < v->nx; x++) crossed[x] = x + 1 != v->low && x + 1 != v->high && x + 1 != v->nx;
-#define U(s, z) (memory + pad * (8 * (s) + ((z) & 1)))
-#define P(s, z, k) (memory + pad * (8 * (s) + 2 + 2 * (k) + ((z) & 1)))
-    for (size front = from; front < to + steps; front++)
-        for (int s = 0; s <= steps; s++) {
-            const size z = front - s; /* dual s of plane z is ready now; its u, then dual s + 1 of plane z - 1 */
-            if (z < from || z >= to) continue;
-            Dual d = s ? (Dual){P(s, z, 0), P(s, z, 1), P(s, z, 2)} : plane_of(v->dual, z * plane);
-            if (s) {
-                const Dual old = s > 1 ? (Dual){P(s - 1, z, 0), P(s - 1, z, 1), P(s - 1, z, 2)}
-                                       : plane_of(v->dual, z * plane);
-                DualOut new = {P(s, z, 0), P(s, z, 1), P(s, z, 2)};
-                const float *above = z + 1 < to ? U(s - 1, z + 1) : U(s - 1, z);
-                dual_plane(v, z, old, U(s - 1, z), above, zeros, crossed, new);
-            }
-            const float *below = zeros;
-            if (z > 0 && s == 0) below = v->dual.z + (z - 1) * plane;
-            else if (z > from) below = P(s, z - 1, 0);
-            if (s < steps) {
-                primal_plane(v, z, d, below, zeros, U(s, z));
-            } else if (z >= z0 && z < z1) {
-                if (v->primal) primal_plane(v, z, d, below, zeros, v->primal + z * plane);
-                memcpy(v->out.z + z * plane, d.z, sizeof(float) * plane);
-                memcpy(v->out.y + z * plane, d.y, sizeof(float) * plane);
-                memcpy(v->out.x + z * plane, d.x, sizeof(float) * plane);
-            }
-        }
+/* All steps of a slab in one pass over memory: in each plane, a step follows the one before it by one plane. */
+static int variation_slab(const Variation *v, int steps, const Slab *s) {
+    const size plane = v->ny * v->nx, stride = (v->nx + LANES) / LANES * LANES;
+    Room r = {stride, scratch(sizeof(float) * (steps * ((v->ny + 1) * stride + plane) + 2 * v->nx), 0)};
+    if (!r.u) return 0;
+    r.rate = r.u + steps * (v->ny + 1) * stride;
+    r.zeros = r.rate + steps * plane, r.crossed = r.zeros + v->nx;
+    for (size x = 0; x < v->nx; x++)
+        r.zeros[x] = 0, r.crossed[x] = x + 1 != v->low && x + 1 != v->high && x + 1 != v->nx;
+    for (size row = 0; row < steps * (v->ny + 1); row++) r.u[row * stride + v->nx] = 0; /* behind the last voxel */
+    for (size front = s->from; front < s->to + steps; front++) {
+        if (steps && front < s->to) rate_plane(v, front, r.zeros, r.rate + front % steps * plane);
+        for (int step = 0; step < steps; step++)
+            if (front >= s->from + step && front < s->to + step) step_plane(v, s, &r, step, steps, front - step);
+        for (size y = 0, z = front - steps; v->primal && z >= s->z0 && z < s->z1 && y < v->ny; y++)
+            primal_row(v, s, z, y, r.zeros, v->primal + z * plane + y * v->nx);
+    }
     return 1;
 }
 
+/* Where one element is cut into slabs, each gets copies of the planes around it, before any is changed. */
+static Slab slab_of(const Variation *v, int steps, size index, size slabs, float *copies) {
+    const size plane = v->ny * v->nx, z0 = index * v->nz / slabs, z1 = (index + 1) * v->nz / slabs;
+    Slab s = {z0, z1, z0 > steps ? z0 - steps - 1 : 0, least(v->nz, z1 + steps)};
+    const size before = (z0 - s.from) * plane, behind = (s.to - z1) * plane;
+    s.before = (Dual){copies, copies + before, copies + 2 * before};
+    copies += 3 * before;
+    s.behind = (Dual){copies, copies + behind, copies + 2 * behind};
+    return s;
+}
+
+static void copy_planes(Dual to, Dual from, size floats) {
+    memcpy(to.z, from.z, sizeof(float) * floats);
+    memcpy(to.y, from.y, sizeof(float) * floats);
+    memcpy(to.x, from.x, sizeof(float) * floats);
+}
+
 static int variation_pass(const Variation *whole, size count, int steps) {
-    const size voxels = whole->nz * whole->ny * whole->nx;
+    const size plane = whole->ny * whole->nx, around = 3 * (2 * steps + 1) * plane; /* floats of a slab's copies */
     const size slabs = least((threads() + count - 1) / count, (whole->nz + 7) / 8);
-    int ok = 1;
+    float *copies = slabs > 1 ? scratch(sizeof(float) * count * slabs * around, 1) : NULL;
+    int ok = slabs == 1 || copies;
+    for (int copying = slabs > 1; ok && copying >= 0; copying--)
 #pragma omp parallel for schedule(dynamic) reduction(&& : ok)
-    for (size job = 0; job < count * slabs; job++) {
-        const size at = job / slabs * voxels, slab = job % slabs;
-        Variation v = *whole;
-        v.volume += at, v.metric += at, v.dual = plane_of(v.dual, at);
-        v.out.z += at, v.out.y += at, v.out.x += at;
-        if (v.primal) v.primal += at;
-        ok = variation_slab(&v, steps, slab * v.nz / slabs, (slab + 1) * v.nz / slabs) && ok;
-    }
+        for (size job = 0; job < count * slabs; job++) {
+            const size at = job / slabs * plane * whole->nz;
+            Variation v = *whole;
+            v.volume += at, v.metric += at, v.dual = plane_of(v.dual, at);
+            if (v.primal) v.primal += at;
+            const Slab s = slab_of(&v, steps, job % slabs, slabs, copies + job * around);
+            if (copying) {
+                copy_planes(s.before, plane_of(v.dual, s.from * plane), (s.z0 - s.from) * plane);
+                copy_planes(s.behind, plane_of(v.dual, s.z1 * plane), (s.to - s.z1) * plane);
+            } else
+                ok = variation_slab(&v, steps, &s) && ok;
+        }
     return ok;
 }
 
-/* At most STEPS steps per pass; the dual goes to and fro between the result and a second one. */
+/* At most STEPS steps per pass. */
 static int variation(const Variation *whole, size count, int steps) {
-    const size voxels = count * whole->nz * whole->ny * whole->nx;
     const int passes = steps > STEPS ? (steps + STEPS - 1) / STEPS : 1;
-    float *memory = passes > 1 ? malloc(3 * sizeof(float) * voxels) : NULL;
-    if (passes > 1 && !memory) return 0;
-    const DualOut second = {memory, memory + voxels, memory + 2 * voxels};
     Variation v = *whole;
     int ok = 1;
     for (int k = 0; ok && k < passes; k++) {
         v.primal = k == passes - 1 ? whole->primal : NULL;
-        v.out = (passes - 1 - k) % 2 ? second : whole->out;
         ok = variation_pass(&v, count, (k + 1) * (int64_t)steps / passes - k * (int64_t)steps / passes);
-        v.dual = (Dual){v.out.z, v.out.y, v.out.x};
     }
-    free(memory);
     return ok;
 }
 
@@ -292,7 +306,8 @@ static int couple(const Coupling *c) {
 /* -------------------------------------------------------------------------------------------------- handlers */
 
 /* Arguments: volumes and metric (count, nz, ny, nx), their dual's z, y and x, numbers (weight, floor, relaxation),
- * integers (steps, low, high). Results: the primal volumes and the dual. */
+ * integers (steps, low, high). Results: the dual, in the memory it came in; and the primal volumes if there is a
+ * fourth. */
 XLA_FFI_Error *tomoatlas_variation(XLA_FFI_CallFrame *frame) {
     if (answered_version(frame)) return NULL;
     const int64_t *shape = argument(frame, 0)->dims;
@@ -301,8 +316,8 @@ XLA_FFI_Error *tomoatlas_variation(XLA_FFI_CallFrame *frame) {
     const Variation v = {
         shape[1], shape[2], shape[3], integers[1], integers[2], numbers[0], numbers[1], numbers[2],
         floats(argument(frame, 0)), floats(argument(frame, 1)),
-        {floats(argument(frame, 2)), floats(argument(frame, 3)), floats(argument(frame, 4))},
-        floats(result(frame, 0)), {floats(result(frame, 1)), floats(result(frame, 2)), floats(result(frame, 3))}};
+        {floats(result(frame, 0)), floats(result(frame, 1)), floats(result(frame, 2))},
+        frame->rets.size > 3 ? floats(result(frame, 3)) : NULL};
     return answer(frame, variation(&v, shape[0], integers[0]));
 }
 

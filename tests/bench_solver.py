@@ -20,7 +20,7 @@ import numpy as np
 
 from engine import coupling, fused3d, model, simulate
 from engine.data import MultiModal
-from engine.penalties import prox_tv
+from engine.penalties import tv_dual
 from engine.phantoms import ELEMENTS, FIELD_NM, phantom
 from launch import devices
 from sweeps.schema import SNR
@@ -85,16 +85,17 @@ def parts(data: MultiModal) -> dict[str, float]:
     def coupled(operator: Callable) -> Callable[[Any], Any]:
         return lambda v: operator(block._replace(x=v), state.tv_dual)[0]
 
-    named: dict[str, tuple[Callable[[Any], Any], jax.Array]] = {
+    named: dict[str, tuple[Callable[[Any], Any], Any]] = {
         "HAADF: projection": (lambda v: model.project_images(problem, v), x[0]),
         "HAADF: back projection": (lambda p: model.backproject_images(problem, p), state.image_dual),
         "maps: projection, likelihood": (lambda v: model.misfit(problem, v, True).slope, x),
         "maps: back projection": (lambda p: model.backproject_maps(problem, p), state.map_dual),
         "filters of both duals": (lambda p: fused3d._map_step(problem, state._replace(signal=p), True), state.signal),
-        "TV: four steps": (lambda v: prox_tv(v, problem.lambda_tv, rate, state.tv_dual, 4, model.FLOOR)[0], x),
         "coupling of the elements: TV's target": (coupled(coupling.target), x),
         "coupling of the elements: the next volume": (coupled(coupling.minimiser), x)}
-    return {name: within(operator, start, touch, 5)[1] for name, (operator, start) in named.items()}
+    found = {name: within(operator, start, 5, touch)[1] for name, (operator, start) in named.items()}
+    steps = partial(tv_dual, x, problem.lambda_tv, rate, steps=4, floor=model.FLOOR)
+    return found | {"TV: four steps": within(lambda dual: steps(dual=dual), state.tv_dual, 5)[1]}
 
 
 def where() -> str:

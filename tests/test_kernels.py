@@ -96,6 +96,14 @@ def test_tv_equals_the_reference(shape, weight):
     np.testing.assert_array_equal(kernel_prox(volume, metric, dual, *asked)[0], np.maximum(volume, np.float32(FLOOR)))
 
 
+def test_the_dual_can_be_had_alone():
+    volume, metric, dual = dual_problem((4, 8, 64), 2.0)
+    alone = partial(kernels.prox_tv, interpret=True, dual_only=True)
+    u, field = interpreted(alone)(volume, metric, dual, *numbers(2.0, 3, 0, 64))
+    assert u is None
+    assert distance(np.stack(field), np.stack(reference_prox(volume, metric, dual, *numbers(2.0, 3, 0, 64))[1])) < 2e-6
+
+
 def test_a_broken_voxel_is_seen():
     volume, metric, dual = dual_problem((4, 8, 64), 2.0)
     for steps in (0, 3):

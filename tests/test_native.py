@@ -118,7 +118,7 @@ def dual_problem(shape, weight, seed=0):
 
 
 def traced_prox(volume, metric, z, y, x, weight, steps, low, high, plain=False):
-    form = prox_tv_reference if plain else native.prox_tv
+    form = prox_tv_reference if plain else partial(native.prox_tv, dual_only=False)
     numbers = jnp.float32(weight), jnp.float32(FLOOR), *(jnp.int32(n) for n in (steps, low, high))
     return form(volume, metric, (z, y, x), *numbers)
 
@@ -136,6 +136,22 @@ def test_tv_equals_the_reference(shape):
         assert distance(ours[0], reference[0]) < 2e-6
         assert distance(np.stack(ours[1]), np.stack(reference[1])) < 2e-6
     np.testing.assert_array_equal(prox(*problem, 0, 3, 0, planes)[0], np.maximum(problem[0], np.float32(FLOOR)))
+
+
+def test_the_dual_is_raised_in_place_but_never_in_the_callers_memory():
+    """Inside one program too, where what went in is read once more behind the call."""
+    volume, metric, *field = dual_problem((2, 9, 5, 20), 0.4)
+    before = [np.array(f) for f in field]
+    numbers = jnp.float32(0.4), jnp.float32(FLOOR), *(jnp.int32(n) for n in (3, 0, 20))
+    expected = prox(volume, metric, *field, 0.4, 3, 0, 20)[1]
+    u, alone = native.prox_tv(volume, metric, tuple(field), *numbers, dual_only=True)
+    assert u is None
+    kept, within = jax.jit(lambda f: (native.prox_tv(volume, metric, f, *numbers, dual_only=True)[1], f))(tuple(field))
+    for k in range(3):
+        np.testing.assert_array_equal(field[k], before[k])
+        np.testing.assert_array_equal(within[k], before[k])
+        np.testing.assert_array_equal(alone[k], expected[k])
+        np.testing.assert_array_equal(kept[k], expected[k])
 
 
 def test_tv_under_vmap_and_loops():
