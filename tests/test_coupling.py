@@ -13,8 +13,8 @@ from engine.coupling import Block, couple_reference
 from tests.specimens import distance
 
 FLOOR = 1e-4
-# x is handled 128 planes at a time, in vectors of 16: below, at and beyond both.
-SHAPES = [(4, 3, 5, 70), (2, 4, 8, 128), (1, 1, 1, 3), (7, 2, 3, 130)]
+# C handles 1024 voxels at a time, in vectors of 16: below, at and beyond both.
+SHAPES = [(4, 3, 5, 70), (2, 4, 8, 128), (1, 1, 1, 3), (7, 2, 3, 130), (2, 2, 7, 200)]
 
 
 def block_of(shape, gamma=1.6, seed=0):
