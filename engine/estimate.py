@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.tilts import bucket
+from engine.sizes import bucket, halvings, slab_width
 
 _SINGLE = 4  # bytes of a number
 # Volumes (all elements) that XLA keeps beside state and problem while a step runs: its memory analysis of the compiled
@@ -50,22 +50,23 @@ def measured(page: str, kind: str) -> list[Measured]:
 
 
 def solve(*, system: str, method: str, elements: int, shape: tuple[int, int, int], haadf_tilts: int, chem_tilts: int,
-          iterations: int, inner: int, devices: int = 1, gpu: Sequence[Measured] = (),
+          iterations: int, inner: int, coarse: int = 0, devices: int = 1, gpu: Sequence[Measured] = (),
           core: Sequence[Measured] = ()) -> Estimate:
     """An estimate of one solve. shape: (nz, ny, nx) voxels. haadf_tilts 0: conventional. inner 0: without TV.
-    devices: over how many it is spread; the bytes are those of one of them, the seconds those of all together.
 
+    coarse: iterations at each coarser size before. devices: over how many it is spread; the bytes are those of one of
+    them, the seconds those of all together.
     gpu, core: solves measured on such machines; the nearest in size is scaled by the work. Without any, the seconds
     come from a model of the hardware. Raises ValueError for a system that is not built.
     """
     if system != "fused3d":
         raise ValueError(f"no estimate for system {system}; built: fused3d")
     nz, ny, nx = shape
-    width = -(-nx // devices)
+    fused, levels = method == "fused", halvings(nz, ny)
+    width = nx if devices == 1 else slab_width(nx, devices, levels)
     voxels, plane = nz * ny * width, ny * width
     volumes = elements * voxels
     images, maps = bucket(haadf_tilts) * plane if haadf_tilts else 0, elements * bucket(chem_tilts) * plane
-    fused = method == "fused"
     memory = {
         "start, volume" + (", best volume" if fused else ", extrapolated volume" if inner else ""):
             (3 if fused or inner else 2) * volumes,
@@ -76,7 +77,9 @@ def solve(*, system: str, method: str, elements: int, shape: tuple[int, int, int
         "working memory of a step": int(_WORKING[method] * volumes) + (3 * maps if fused else 0),
     }
     now = {"elements": elements, "voxels": nz * ny * nx, "haadf": haadf_tilts, "chem": chem_tilts, "inner": inner}
-    seconds = [iterations * _iteration(rows, default, **now) for rows, default in ((gpu, _GPU_NS), (core, _CORE_NS))]
+    # A coarser iteration has an eighth of the work.
+    full = iterations + (coarse * sum(8.0**-k for k in range(1, levels + 1)) if fused else 0)
+    seconds = [full * _iteration(rows, default, **now) for rows, default in ((gpu, _GPU_NS), (core, _CORE_NS))]
     return Estimate({name: _SINGLE * count for name, count in memory.items() if count}, *seconds)
 
 

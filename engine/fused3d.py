@@ -27,13 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import coupling, descent, model, sharding
+from engine import coupling, descent, model, pyramid, sharding
 from engine.data import DataError, MultiModal, Solution
-from engine.iterate import Keep, Outcome, settled, solve
+from engine.iterate import Keep, Outcome, outcomes, settled, solve
 from engine.model import GAIN_STEPS, Problem
 from engine.penalties import Dual, tv_dual, zero_dual
 from engine.projector import Geometry, backproject, geometry, project
-from engine.tilts import bucket
+from engine.sizes import bucket, halvings
 
 Method = Literal["fused", "chem_tv", "ml", "sirt", "plain", "fista"]
 TERMS = ("model", "chem", "tv", "total")
@@ -41,10 +41,11 @@ TERMS = ("model", "chem", "tv", "total")
 # rho: a share of the ratio of the two terms' curvatures, but never more than lets the images' dual step by a small part
 # of its own curvature at the highest frequency. At natural weights the first binds at F3's doses, the second from ten
 # times them on: 1 to 2 and 0.3 of the ratio were the best there (48^3), and the ratio itself fails at an SNR of 1e4.
-RHO, CAP = 1.0, 0.03
+RHO, CAP = 1.0, 0.1
 SHARE = 0.25  # of the maps' curvature bound that their metric takes; 0.35 measured alike, 0.5 and 1 are slower
 GROWTH, GROWN = 0.1, 6.0  # both metrics grow by this share of its first value per iteration, up to so many
-MEMORY = 0.2  # weight of an iteration in the mean change that ends a solve
+WARM = 15  # iterations by which the metrics have grown where a coarser solve came before
+MEMORY = 0.3  # weight of an iteration in the mean change that ends a solve
 RETREAT = 4.0  # a cost this many times the best one is a step that went wrong
 TRUST = 0.95  # by which caution fades in each iteration
 
@@ -62,6 +63,7 @@ class Settings:
     lambda_chem: float = 1.0
     lambda_tv: float = 0.1
     tolerance: float = 1e-3
+    coarse: int = 20
     devices: int = 1
 
 
@@ -86,8 +88,10 @@ class State(NamedTuple):
     map_dual: jax.Array
     tv_dual: Dual
     gain: jax.Array
+    age: jax.Array  # iterations by which the metrics have grown
     caution: jax.Array  # factor of the volume's metric; doubled when a step went wrong
-    drift: jax.Array  # the mean relative change of the last iterations
+    cost: jax.Array
+    drift: jax.Array  # the mean relative change of the last costs
     retreat: jax.Array  # whether the last step went wrong, so that the next goes back to the best volume
     best: jax.Array
     best_projected: jax.Array
@@ -137,13 +141,41 @@ def reconstruct_batch(data: MultiModal, settings: Sequence[Settings], *, checkpo
 
     # The short steps of the others are no sign that they have arrived.
     tolerance = first.tolerance if first.method == "fused" else 0.0
-    outcomes = solve(advance, problem, sharding.spread(_batched(begin, axes), slabs)(problem), first.iterations,
-                     devices=slabs, axes=axes, tolerance=tolerance, checkpoints=checkpoints, observe=observed,
-                     keep=keep)
+    if first.method == "fused" and first.coarse > 0:
+        begun = _coarse_to_fine(problem, first, counts, halvings(*data.shape[:2]), slabs, axes)
+    else:
+        begun = sharding.spread(_batched(begin, axes), slabs)(problem)
+    run = solve(advance, problem, begun, first.iterations, devices=slabs, axes=axes, tolerance=tolerance,
+                checkpoints=checkpoints, observe=observed, keep=keep)
     sensitivity = np.asarray(sharding.one(problem.sensitivity, slabs)).ravel()
     fitted = {f"sensitivity_{e}": float(s) for e, s in zip(data.chem.elements, sensitivity)}
     return [_solution(outcome, sharding.join(extract(outcome.state), slabs, data.shape[2]), fitted, slabs)
-            for outcome in outcomes]
+            for outcome in outcomes(run, slabs, tolerance)]
+
+
+def _coarse_to_fine(problem: Problem, settings: Settings, counts: bool, levels: int, slabs: int,
+                    axes: Problem | None) -> tuple[State, jax.Array]:
+    """The state that a solve of the problem starts from, after a solve at each of so many coarser sizes."""
+    problems = [problem]
+    for _ in range(levels):
+        problems.append(sharding.spread(_coarsening(counts, axes), slabs)(problems[-1]))
+    begun = sharding.spread(_batched(_START[counts], axes), slabs)(problems[-1])
+    for coarse, finer in zip(reversed(problems), reversed(problems[:-1])):
+        state = solve(_STEP[counts], coarse, begun, settings.coarse, devices=slabs, axes=axes).state
+        begun = sharding.spread(_refining(counts, axes), slabs)(finer, state)
+    return begun
+
+
+@cache
+def _coarsening(counts: bool, axes: Problem | None) -> Callable:
+    coarser = partial(pyramid.coarser, counts=counts)
+    return coarser if axes is None else jax.vmap(coarser, in_axes=(axes,), out_axes=axes)
+
+
+@cache
+def _refining(counts: bool, axes: Problem | None) -> Callable:
+    finer = partial(refined, counts=counts)
+    return finer if axes is None else jax.vmap(finer, in_axes=(axes, 0))
 
 
 def _solution(outcome: Outcome, volume: np.ndarray, fitted: dict[str, float], slabs: int) -> Solution:
@@ -205,22 +237,38 @@ def predict(data: MultiModal, volume: np.ndarray, sensitivity: np.ndarray) -> np
 
 def start(problem: Problem, counts: bool) -> tuple[State, jax.Array]:
     """The state before the first iteration, and its cost."""
-    x = problem.start
-    projected = model.project_images(problem, model.scattering(problem, x))
+    x, none = problem.start, jnp.zeros_like(problem.images)
     value, slope, signal = model.misfit(problem, x, counts)
+    projected = model.project_images(problem, model.scattering(problem, x))
     gain = model.fit_gain(problem, projected, signal)
+    return _begun(problem, x, (projected, value, signal), gain, (none, problem.lambda_chem * slope, zero_dual(x)), 0,
+                  counts)
+
+
+def refined(problem: Problem, coarse: State, counts: bool) -> tuple[State, jax.Array]:
+    """The same after a solve of `pyramid.coarser(problem)`, whose last state is `coarse`."""
+    x = pyramid.finer_volume(coarse.best, problem)
+    value, _, signal = model.misfit(problem, x, counts)
+    projected = model.project_images(problem, model.scattering(problem, x))
+    duals = pyramid.finer_duals(coarse.image_dual, coarse.map_dual, coarse.tv_dual, problem, counts)
+    # Its pixels' paths are half as long, in images that are as bright.
+    return _begun(problem, x, (projected, value, signal), coarse.gain / 2, duals, WARM, counts)
+
+
+def _begun(problem: Problem, x: jax.Array, seen: tuple[jax.Array, jax.Array, jax.Array], gain: jax.Array,
+           duals: tuple[jax.Array, jax.Array, Dual], age: int, counts: bool) -> tuple[State, jax.Array]:
+    projected, value, signal = seen
     terms = model.cost_terms(problem, x, projected, value, gain)
-    state = State(x, projected, projected, signal, signal, jnp.zeros_like(problem.images), problem.lambda_chem * slope,
-                  zero_dual(x), gain, jnp.float32(1), jnp.float32(1),
-                  jnp.bool_(False), x, projected, terms[-1],
-                  _metric(problem, signal, gain, counts))
+    state = State(x, projected, projected, signal, signal, *duals, gain, jnp.int32(age), jnp.float32(1),
+                  terms[-1], jnp.float32(1), jnp.bool_(False), x, projected, terms[-1],
+                  _metric(problem, x, signal, gain, counts))
     return settled(state), terms
 
 
-def step(problem: Problem, state: State, iteration: jax.Array, *, counts: bool) -> tuple[State, jax.Array, jax.Array]:
+def step(problem: Problem, state: State, _: jax.Array, *, counts: bool) -> tuple[State, jax.Array, jax.Array]:
     """One iteration of the ramp-metric primal-dual split; returns the state, its cost terms, the relative change."""
     x, metric = state.x, state.metric
-    grown = jnp.minimum(1 + GROWTH * iteration, GROWN)
+    grown = jnp.minimum(1 + GROWTH * state.age, GROWN)
     rho = grown * metric.rho
     image_dual, map_dual = _image_step(problem, state, rho), _map_step(problem, state, counts)
     block = coupling.Block(
@@ -234,22 +282,22 @@ def step(problem: Problem, state: State, iteration: jax.Array, *, counts: bool) 
     new, projected = jax.lax.cond(state.retreat, lambda: (state.best, state.best_projected),
                                   lambda: (new, model.project_images(problem, scatter)))
     value, _, signal = model.misfit(problem, new, counts)
-    refit = iteration < GAIN_STEPS
+    refit = state.age < GAIN_STEPS
     gain = jnp.where(refit, model.fit_gain(problem, projected, signal), state.gain)
     terms = model.cost_terms(problem, new, projected, value, gain)
     # A new gain is a new cost: while it is refitted the last volume counts as the best.
     improved = (terms[-1] <= state.best_cost) | (refit & jnp.isfinite(terms[-1]))
     best_cost = jnp.where(improved, terms[-1], state.best_cost)
     wrong = ~(terms[-1] < RETREAT * best_cost) & ~state.retreat
-    # Steps that the growing metric or caution made short are no sign of convergence, and a retreat is none either.
-    relative = sharding.relative_change(new, x) * grown * state.caution
+    # Steps that caution made short are no sign of convergence, and a retreat is none either.
+    relative = state.caution * jnp.abs(terms[-1] - state.cost) / jnp.maximum(terms[-1], 1e-20)
     drift = jnp.where(state.retreat, 1.0, state.drift + MEMORY * (relative - state.drift))
     moved = State(
         x=new, projected=projected, projected_before=jnp.where(state.retreat, projected, state.projected),
         signal=signal, signal_before=jnp.where(state.retreat, signal, state.signal),
         image_dual=kept * image_dual, map_dual=map_dual, tv_dual=dual, gain=gain,
-        caution=jnp.where(wrong, 2 * state.caution, jnp.maximum(TRUST * state.caution, 1)), drift=drift,
-        retreat=wrong, best=jnp.where(improved, new, state.best),
+        age=state.age + 1, caution=jnp.where(wrong, 2 * state.caution, jnp.maximum(TRUST * state.caution, 1)),
+        cost=terms[-1], drift=drift, retreat=wrong, best=jnp.where(improved, new, state.best),
         best_projected=jnp.where(improved, projected, state.best_projected), best_cost=best_cost, metric=metric)
     return moved, terms, moved.drift
 
@@ -282,15 +330,15 @@ def _map_step(problem: Problem, state: State, counts: bool) -> jax.Array:
     return root * (_filter(keep, state.map_dual / root) + _filter(state.metric.maps * keep, error))
 
 
-def _metric(problem: Problem, signal: jax.Array, gain: jax.Array, counts: bool) -> Metric:
-    """The metrics of a solve that starts at the problem's start, where the maps' signal is `signal`."""
+def _metric(problem: Problem, x: jax.Array, signal: jax.Array, gain: jax.Array, counts: bool) -> Metric:
+    """The metrics of a solve that starts at x, where the maps' signal is `signal`."""
     exist = sharding.present(problem.planes, signal.shape[-1])
     bound = problem.lambda_chem * model.chemical_curvature(problem, signal, counts)
-    slope = model.scattering_slope(problem, problem.start)
+    slope = model.scattering_slope(problem, x)
     rho = RHO * sharding.total((bound * exist).sum()) / sharding.total((slope * slope.sum(0) * exist).sum())
     # H bounds A' W A by A' W A 1; A' W^1/2 R W^1/2 A is bounded by the mean W, which is less by the factor A' A 1.
-    path = project(jnp.ones_like(problem.start[:1]), problem.map_rays, problem.maps.shape[-2])
-    factor = sharding.total((path**2 * exist).sum()) / (np.prod(problem.start.shape[1:3]) * problem.planes)
+    path = project(jnp.ones_like(x[:1]), problem.map_rays, problem.maps.shape[-2])
+    factor = sharding.total((path**2 * exist).sum()) / (np.prod(x.shape[1:3]) * problem.planes)
     images, maps = (_ramp(problem, rays) for rays in (problem.image_rays, problem.map_rays))
     # A dual that steps further than its own term's curvature lets the volume follow the images slowly.
     rho = jnp.minimum(rho, CAP * model.image_precision(problem, gain) / images.max())

@@ -58,13 +58,13 @@ class Keep(NamedTuple):
 
 def solve(step: Step, problem: Any, first: tuple[Any, jax.Array], iterations: int, *, devices: int = 1,
           axes: Any = None, tolerance: float = 0.0, checkpoints: Sequence[int] = (),
-          observe: Callable[[int, Any], None] | None = None, keep: Keep | None = None) -> list[Outcome]:
+          observe: Callable[[int, Any], None] | None = None, keep: Keep | None = None) -> Run:
     """Iterate until `iterations`, until the change is below `tolerance`, or until a cost is not finite.
 
     first: the state to start from, which is donated, and its cost terms. devices: over how many slabs the problem and
     the state are spread (`engine.sharding`). axes: for several solves at once, jax.vmap's axes of the problem; the
     state then has a leading axis of solves. observe(iteration, state) is called at each checkpoint reached; a solve
-    that is taken up again is not observed at those it had passed. One outcome per solve.
+    that is taken up again is not observed at those it had passed. `outcomes` tells what became of each.
     """
     state, first_terms = first
     terms = np.asarray(sharding.one(first_terms, devices))
@@ -72,35 +72,35 @@ def solve(step: Step, problem: Any, first: tuple[Any, jax.Array], iterations: in
     history = np.zeros((*terms.shape[:-1], capacity, terms.shape[-1]), np.float32)
     history[..., 0, :] = terms
     counters = (np.zeros(terms.shape[:-1], np.int32), np.full(terms.shape[:-1], RUNNING, np.int32), history)
-    run = Run(state, *sharding.repeated(counters, devices))
+    last = Run(state, *sharding.repeated(counters, devices))
     if keep is not None:
-        run = _taken_up(keep, run)
+        last = _taken_up(keep, last)
     advance = sharding.spread(_advancing(step, axes), devices, donate=(1,))
     saved, pace = time.monotonic(), 8
-    done = int(sharding.one(run.iteration, devices).max())
+    done = int(sharding.one(last.iteration, devices).max())
     marks = sorted({c for c in checkpoints if done < c < iterations} | {iterations})
     while marks:
         stop = marks[0] if keep is None else min(marks[0], done + pace)
         begun = time.monotonic()
-        run = advance(problem, run, *sharding.repeated((np.int32(stop), np.float32(tolerance)), devices))
-        status = np.asarray(sharding.one(run.status, devices))
+        last = advance(problem, last, *sharding.repeated((np.int32(stop), np.float32(tolerance)), devices))
+        status = np.asarray(sharding.one(last.status, devices))
         pace = max(1, min(2 * pace, int(pace * 60 / max(time.monotonic() - begun, 1e-3))))  # look about once a minute
         done = stop
         if stop == marks[0]:
             marks.pop(0)
             if observe is not None and stop in checkpoints:
-                observe(stop, run.state)
+                observe(stop, last.state)
         if (status == NON_FINITE).all() or (keep is not None and not checkpoints and (status != RUNNING).all()):
             break
         if keep is not None and marks and time.monotonic() - saved > keep.seconds:
-            _save(keep, run)
+            _save(keep, last)
             saved = time.monotonic()
     if keep is not None:
         keep.path.unlink(missing_ok=True)
-    return _outcomes(run, devices, tolerance)
+    return last
 
 
-def _outcomes(run: Run, devices: int, tolerance: float) -> list[Outcome]:
+def outcomes(run: Run, devices: int = 1, tolerance: float = 0.0) -> list[Outcome]:
     """What became of each solve of a run."""
     iterations, status, history = (np.asarray(a) for a in sharding.one(run[1:], devices))
     found = []

@@ -23,7 +23,7 @@ from engine.data import MultiModal
 from engine.losses import least_squares, poisson, poisson_curvature
 from engine.penalties import total_variation
 from engine.projector import Geometry, backproject, geometry, project
-from engine.tilts import bucket
+from engine.sizes import bucket, halvings
 
 # The fused solver refits the gain in each of its first 15 iterations, then freezes it: a cost that keeps moving could
 # not be compared with its own past. The descents, which settle late, refit after 5, 10, 20, ... iterations.
@@ -106,7 +106,7 @@ def _base(data: MultiModal, held_out: tuple[int, ...], devices: int) -> Problem:
     kept[list(held_out)] = 0
 
     def slabs(array: np.ndarray) -> jax.Array:
-        return jnp.asarray(sharding.split(array, devices))
+        return jnp.asarray(sharding.split(array, devices, halvings(*data.shape[:2])))
 
     alike, column = partial(_alike, devices=devices), partial(_column, len(chem.elements))
     map_weight = 1.0 if chem.units == "counts" else 1 / chem.noise_level(held_out) ** 2

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine.sizes import slab_width
+
 AXIS = "slab"
 
 
@@ -77,11 +79,14 @@ def _spread(function: Callable, devices: int, donate: tuple[int, ...]) -> Callab
     return jax.pmap(function, axis_name=AXIS, donate_argnums=donate, devices=jax.local_devices()[:devices])
 
 
-def split(array: np.ndarray, devices: int) -> np.ndarray:
-    """(..., x) as (device, ..., width), filled up with zeros; for one device as it is."""
+def split(array: np.ndarray, devices: int, halvings: int = 0) -> np.ndarray:
+    """(..., x) as (device, ..., width), filled up with zeros; for one device as it is.
+
+    halvings: how often planes will be taken together in pairs, which no slab's end may part.
+    """
     if devices == 1:
         return array
-    width = -(-array.shape[-1] // devices)
+    width = slab_width(array.shape[-1], devices, halvings)
     filled = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, devices * width - array.shape[-1])])
     return np.moveaxis(filled.reshape(*array.shape[:-1], devices, width), -2, 0)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from engine.data import DataError, MultiModal, TiltSeries, even_subset
 from engine.projector import geometry, project
-from engine.tilts import bucket
+from engine.sizes import bucket
 
 
 def spread(tilt_range: tuple[float, float], count: int) -> np.ndarray:

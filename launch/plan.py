@@ -121,6 +121,7 @@ def _cost(cell: Cell, extent: Extent) -> Cost:
             chem_tilts=extent.chem,
             iterations=iterations,
             inner=0 if method in ("ml", "sirt") else max(ends(sweep.solver.inner)),
+            coarse=sweep.solver.coarse,
             devices=sweep.solver.devices,
             gpu=gpu_rows,
             core=core_rows,

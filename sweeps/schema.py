@@ -336,12 +336,14 @@ class Fused3D(Model):
     weights: Literal["z_gamma", "z"] = setting("z_gamma", "-", "HAADF is the sum of (Z x)^gamma, or of Z x")
     gamma: Annotated[Tunable, AfterValidator(_power)] = setting(1.6, "-", "power of Z x in the HAADF model")
     iterations: int = setting(60, "-", "iterations of the solver, at most", ge=1)
+    coarse: int = setting(
+        20, "-", "fused: iterations at each coarser size, which make the start; 0: only EM steps do", ge=0)
     inner: Annotated[WholeTunable, AfterValidator(_steps)] = setting(4, "-", "TV dual steps per iteration")
     lambda_model: Weight = setting(1.0, "-", "weight of the HAADF term; 1 is maximum likelihood")
     lambda_chem: Weight = setting(1.0, "-", "weight of the chemical term; 1 is maximum likelihood")
     lambda_tv: Weight = setting(0.1, "-", "weight of total variation")
     tolerance: float = setting(
-        1e-3, "-", "fused: mean relative change of the volume over some iterations that ends the solve; 0: never", ge=0)
+        1e-3, "-", "fused: mean relative change of the cost over some iterations that ends the solve; 0: never", ge=0)
     devices: int = setting(
         1, "devices", "GPUs, or parts of a CPU, that share one reconstruction, each a slab along x", ge=1)
     record: Annotated[list[int], AfterValidator(_checkpoints)] = setting(

@@ -23,7 +23,7 @@ from engine.data import MultiModal
 from engine.penalties import Field, prox_tv_reference
 from engine.phantoms import ELEMENTS, FIELD_NM
 from engine.projector import Geometry, backproject_reference, geometry, project_reference
-from engine.tilts import bucket
+from engine.sizes import bucket
 from sweeps.schema import SNR
 from tests.bench import publish
 from tests.bench_solver import WEIGHTS, specimen

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import fused3d, sharding
+from engine import fused3d, model, pyramid, sharding
+from engine.data import MultiModal
 from engine.penalties import Dual, prox_tv, total_variation
 from tests.specimens import distance, simulated
 
@@ -41,12 +42,38 @@ def operators(planes: int, steps: int) -> dict[str, float]:
     return found
 
 
-def solves(planes: int, method: str) -> dict[str, float]:
-    """A reconstruction of the reference specimen's first planes, and its last cost."""
-    whole = simulated(18, 9, 5)
+def halved(planes: int) -> dict[str, float]:
+    """A problem at half its resolution, and a volume and duals brought back from there."""
+    problems = [model.build(sliced(18, planes), gamma=1.6, lambda_model=1.0, lambda_chem=1.0, lambda_tv=0.1,
+                            weights="z_gamma", inner=4, devices=devices) for devices in (1, DEVICES)]
+
+    def body(problem):
+        coarse = pyramid.coarser(problem, True)
+        x = coarse.start
+        return (coarse, pyramid.finer_volume(x, problem),
+                pyramid.finer_duals(coarse.images, coarse.maps, Dual(x, x, x), problem, True))
+
+    (alone, x, duals), (slabs, slab_x, slab_duals) = (
+        sharding.spread(body, devices)(problem) for devices, problem in zip((1, DEVICES), problems, strict=True))
+    found = {name: (getattr(slabs, name), getattr(alone, name)) for name in ("images", "maps", "start")}
+    pairs = {name: (sharding.join(a, DEVICES, (planes + 1) // 2), b) for name, (a, b) in found.items()}
+    finer = zip(("volume", "image dual", "map dual", *(f"dual {d}" for d in "zyx")),
+                (slab_x, *slab_duals[:2], *slab_duals[2]), (x, *duals[:2], *duals[2]), strict=True)
+    pairs |= {f"finer {name}": (sharding.join(a, DEVICES, planes), b) for name, a, b in finer}
+    return {name: distance(a, b) for name, (a, b) in pairs.items()}
+
+
+def sliced(size: int, planes: int) -> MultiModal:
+    """The reference specimen's first planes."""
+    whole = simulated(size, 9, 5)
     chem, haadf = (replace(series, projections=series.projections[..., :planes])
                    for series in (whole.chem, whole.haadf))
-    data = replace(whole, chem=chem, haadf=haadf, shape=(*whole.shape[:2], planes), truth=None)
+    return replace(whole, chem=chem, haadf=haadf, shape=(*whole.shape[:2], planes), truth=None)
+
+
+def solves(planes: int, method: str, size: int = 18) -> dict[str, float]:
+    """A reconstruction of the reference specimen's first planes, and its last cost."""
+    data = sliced(size, planes)
     settings = fused3d.Settings(method=method, iterations=12, lambda_tv=0.5, tolerance=0.0)
     alone = fused3d.reconstruct(data, settings)
     shared = fused3d.reconstruct(data, replace(settings, devices=DEVICES))
@@ -61,6 +88,11 @@ def main() -> None:
     for planes in (16, 18, 13):
         for method in ("fused", "plain", "chem_tv", "ml", "sirt"):
             found |= {f"{planes} planes: {name}": value for name, value in solves(planes, method).items()}
+    for planes in (16, 13):
+        found |= {f"{planes} planes, halved: {name}": value for name, value in halved(planes).items()}
+    # Large enough for a coarse solve, in planes of which one slab has none.
+    found |= {f"{planes} planes: coarse to fine, {name}": value for planes in (16, 17)
+              for name, value in solves(planes, "fused", 48).items()}
     print(json.dumps(found))
 
 

@@ -18,7 +18,7 @@ DESCENTS = ("fused", "plain", "fista", "chem_tv")
 
 
 def settings(**changes):
-    return Settings(**{"iterations": 30} | changes)
+    return Settings(**{"iterations": 30, "tolerance": 0.0} | changes)
 
 
 def problem_of(data, gamma=1.6, lambda_model=1.0, lambda_chem=1.0, lambda_tv=0.1):
@@ -99,10 +99,10 @@ def test_convex_case_agrees_with_a_long_descent(lambda_model):
     """gamma = 1 has one minimum: a thousand steps of descent, at the fused solver's own gain, lead there too."""
     problem = problem_of(simulated(16, 9, 5, gamma=1.0), 1.0, lambda_model)
     state, first = fused3d.start(problem, True)
-    fused = iterate.solve(fused3d._STEP[True], problem, (state, first), 64)[0].state
+    fused = iterate.solve(fused3d._STEP[True], problem, (state, first), 64).state
     state, first = descent.start_descent(problem, True, True)
     rate = state.rate * jnp.minimum(1, (state.gain / fused.gain) ** 2)
-    long = iterate.solve(_with_a_fixed_gain, problem, (state._replace(gain=fused.gain + 0, rate=rate), first), 1000)[0]
+    long = iterate.solve(_with_a_fixed_gain, problem, (state._replace(gain=fused.gain + 0, rate=rate), first), 1000)
     costs = [float(terms(problem, x, fused.gain)[-1]) for x in (fused.best, long.state.x)]
     assert costs[0] == pytest.approx(float(fused.best_cost), rel=1e-4)
     assert costs[0] == pytest.approx(costs[1], rel=0.01)
@@ -257,7 +257,7 @@ def test_a_value_that_is_not_finite_stops_with_a_status(tiny, method, value):
     index = (0,) * getattr(problem, field).ndim
     problem = problem._replace(**{field: getattr(problem, field).at[index].set(value)})
     both = (fused3d._START[True], fused3d._STEP[True]) if method == "fused" else descent.solver(method, True)[:2]
-    outcome = iterate.solve(both[1], problem, sharding.spread(both[0], 1)(problem), 30)[0]
+    outcome = iterate.outcomes(iterate.solve(both[1], problem, sharding.spread(both[0], 1)(problem), 30))[0]
     assert not outcome.ok and outcome.iterations < 30
     assert "not finite" in outcome.status
 

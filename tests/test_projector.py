@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.projector import adjoint_error, backproject, geometry, project
-from engine.tilts import bucket
+from engine.sizes import bucket
 from tests.specimens import distance
 
 ANGLES = [-90, -70, -45, -12.3, 0, 1e-3, 30, 45, 63.4, 90]

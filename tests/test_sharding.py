@@ -27,16 +27,17 @@ def test_four_devices_agree_with_one():
                           timeout=500, check=False)
     assert told.returncode == 0, told.stderr[-2000:]
     found = json.loads(told.stdout)
-    assert len(found) == 93
+    assert len(found) == 115
     wrong = {name: value for name, value in found.items() if not value < (1e-5 if "planes:" in name else 1e-6)}
     assert not wrong
 
 
-@pytest.mark.parametrize("planes", [1, 7, 8, 9])
-def test_what_is_split_is_joined(planes):
+@pytest.mark.parametrize("planes, halvings, width",
+                         [(1, 0, 1), (7, 0, 2), (8, 0, 2), (9, 0, 3), (9, 1, 4), (33, 2, 12)])
+def test_what_is_split_is_joined(planes, halvings, width):
     array = np.arange(2 * 3 * planes, dtype=np.float32).reshape(2, 3, planes)
-    cut = sharding.split(array, 4)
-    assert cut.shape == (4, 2, 3, -(-planes // 4))
+    cut = sharding.split(array, 4, halvings)
+    assert cut.shape == (4, 2, 3, width)
     np.testing.assert_array_equal(sharding.join(cut, 4, planes), array)
     np.testing.assert_array_equal(sharding.join(sharding.split(array, 1), 1, planes), array)
 
