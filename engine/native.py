@@ -105,10 +105,10 @@ def prox_tv(volume: jax.Array, metric: jax.Array, dual: Field, weight: jax.Array
     numbers, integers = jnp.stack([weight, floor, jnp.float32(RELAX)]), jnp.stack([steps, low, high])
     arrays = (a.reshape(flat).astype(jnp.float32) for a in (volume, metric, *dual))
     # The dual is raised in the memory it lies in: else a solve's loop would copy it in every iteration.
-    *field, last = _call(_HANDLERS[2], (shape,) * (3 if dual_only else 4), *arrays, numbers, integers,
-                         in_place={2: 0, 3: 1, 4: 2})
-    z, y, x = (a.reshape(volume.shape).astype(d.dtype) for a, d in zip((*field, last), dual))
-    return None if dual_only else last.reshape(volume.shape), (z, y, x)
+    results = _call(_HANDLERS[2], (shape,) * (3 if dual_only else 4), *arrays, numbers, integers,
+                    in_place={2: 0, 3: 1, 4: 2})
+    z, y, x = (a.reshape(volume.shape).astype(d.dtype) for a, d in zip(results[:3], dual))
+    return None if dual_only else results[3].reshape(volume.shape), (z, y, x)
 
 
 def couple(block: Block, dual: Field, edge: jax.Array, *, final: bool) -> tuple[jax.Array, jax.Array]:

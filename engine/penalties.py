@@ -129,7 +129,7 @@ def _proximal(volume: jax.Array, weight: jax.Array, metric: jax.Array, dual: Dua
 def prox_tv_reference(volume: jax.Array, metric: jax.Array, dual: Field, weight: jax.Array, floor: jax.Array,
                       steps: jax.Array, low: jax.Array, high: jax.Array, *, dual_only: bool = False,
                       ) -> tuple[jax.Array | None, Field]:
-    """`prox_tv` in JAX alone, for every platform; the faster forms are tested against it."""
+    """`prox_tv` in JAX alone, for every platform; the faster forms are tested against it. dual_only: without primal."""
     if volume.ndim > 3:
         # Elements one at a time: their arrays stay in the cache, which nearly halved the time at 64^3.
         return jax.lax.map(lambda one: prox_tv_reference(one[0], one[1], one[2], weight, floor, steps, low, high,
