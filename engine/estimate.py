@@ -50,12 +50,12 @@ def measured(page: str, kind: str) -> list[Measured]:
 
 
 def solve(*, system: str, method: str, elements: int, shape: tuple[int, int, int], haadf_tilts: int, chem_tilts: int,
-          iterations: int, inner: int, coarse: int = 0, devices: int = 1, gpu: Sequence[Measured] = (),
-          core: Sequence[Measured] = ()) -> Estimate:
+          iterations: int, inner: int, coarse: int = 0, dual_bits: int = 32, devices: int = 1,
+          gpu: Sequence[Measured] = (), core: Sequence[Measured] = ()) -> Estimate:
     """An estimate of one solve. shape: (nz, ny, nx) voxels. haadf_tilts 0: conventional. inner 0: without TV.
 
-    coarse: iterations at each coarser size before. devices: over how many it is spread; the bytes are those of one of
-    them, the seconds those of all together.
+    coarse: iterations at each coarser size before. dual_bits: of TV's dual numbers. devices: over how many it is
+    spread; the bytes are those of one of them, the seconds those of all together.
     gpu, core: solves measured on such machines; the nearest in size is scaled by the work. Without any, the seconds
     come from a model of the hardware. Raises ValueError for a system that is not built.
     """
@@ -70,7 +70,7 @@ def solve(*, system: str, method: str, elements: int, shape: tuple[int, int, int
     memory = {
         "start, volume" + (", best volume" if fused else ", extrapolated volume" if inner else ""):
             (3 if fused or inner else 2) * volumes,
-        "TV duals": 3 * volumes if inner else 0,
+        "TV duals": 3 * volumes * dual_bits // 32 if inner else 0,
         "step per voxel": volumes if fused or method == "chem_tv" else voxels if not inner else 0,
         "HAADF images, their projections and duals": (5 if fused else 1) * images,
         "maps, their projections and duals": (4 if fused else 1) * maps,

@@ -64,6 +64,7 @@ class Settings:
     lambda_tv: float = 0.1
     tolerance: float = 1e-3
     coarse: int = 20
+    dual_bits: Literal[32, 16] = 32
     devices: int = 1
 
 
@@ -131,7 +132,7 @@ def reconstruct_batch(data: MultiModal, settings: Sequence[Settings], *, checkpo
                             lambda_tv=each.lambda_tv, weights=each.weights, inner=each.inner, held_out=held_out,
                             devices=slabs) for each in settings]
     problem, axes = (problems[0], None) if len(problems) == 1 else (_stacked(problems, int(slabs > 1)), _AXES)
-    fused: tuple[Callable, Callable, Callable] = (_START[counts], _STEP[counts], best_volume)
+    fused: tuple[Callable, Callable, Callable] = (starter(counts, first.dual_bits), _STEP[counts], best_volume)
     begin, advance, extract = fused if first.method == "fused" else descent.solver(first.method, counts)
     observed = None
     if observe is not None:
@@ -159,7 +160,7 @@ def _coarse_to_fine(problem: Problem, settings: Settings, counts: bool, levels: 
     problems = [problem]
     for _ in range(levels):
         problems.append(sharding.spread(_coarsening(counts, axes), slabs)(problems[-1]))
-    begun = sharding.spread(_batched(_START[counts], axes), slabs)(problems[-1])
+    begun = sharding.spread(_batched(starter(counts, settings.dual_bits), axes), slabs)(problems[-1])
     for coarse, finer in zip(reversed(problems), reversed(problems[:-1])):
         state = solve(_STEP[counts], coarse, begun, settings.coarse, devices=slabs, axes=axes).state
         begun = sharding.spread(_refining(counts, axes), slabs)(finer, state)
@@ -235,14 +236,20 @@ def predict(data: MultiModal, volume: np.ndarray, sensitivity: np.ndarray) -> np
     return clean[:, :data.chem.tilts] * np.asarray(sensitivity)[:, None, None, None] + data.chem.background
 
 
-def start(problem: Problem, counts: bool) -> tuple[State, jax.Array]:
-    """The state before the first iteration, and its cost."""
+@cache
+def starter(counts: bool, bits: int = 32) -> Callable:
+    """`start` for maps that are counts or not; the same object each time, so that it compiles once per shape."""
+    return partial(start, counts=counts, bits=bits)
+
+
+def start(problem: Problem, counts: bool, bits: int = 32) -> tuple[State, jax.Array]:
+    """The state before the first iteration, with a TV dual of so many bits, and its cost."""
     x, none = problem.start, jnp.zeros_like(problem.images)
     value, slope, signal = model.misfit(problem, x, counts)
     projected = model.project_images(problem, model.scattering(problem, x))
     gain = model.fit_gain(problem, projected, signal)
-    return _begun(problem, x, (projected, value, signal), gain, (none, problem.lambda_chem * slope, zero_dual(x)), 0,
-                  counts)
+    duals = (none, problem.lambda_chem * slope, zero_dual(x, bits))
+    return _begun(problem, x, (projected, value, signal), gain, duals, 0, counts)
 
 
 def refined(problem: Problem, coarse: State, counts: bool) -> tuple[State, jax.Array]:
@@ -302,7 +309,6 @@ def step(problem: Problem, state: State, _: jax.Array, *, counts: bool) -> tuple
     return moved, terms, moved.drift
 
 
-_START = {counts: partial(start, counts=counts) for counts in (True, False)}
 _STEP = {counts: partial(step, counts=counts) for counts in (True, False)}
 
 

@@ -25,9 +25,10 @@ class Dual(NamedTuple):
     x: jax.Array
 
 
-def zero_dual(volume: jax.Array) -> Dual:
-    """The dual field to start from when nothing is known."""
-    return Dual(jnp.zeros_like(volume), jnp.zeros_like(volume), jnp.zeros_like(volume))
+def zero_dual(volume: jax.Array, bits: int = 32) -> Dual:
+    """The dual field to start from when nothing is known, in 32 or in 16 bits (bfloat16, whose range is as wide)."""
+    kind = jnp.float32 if bits == 32 else jnp.bfloat16
+    return Dual(*(jnp.zeros_like(volume, kind) for _ in range(3)))
 
 
 def gradient(volume: jax.Array, span: Span | None = None) -> Dual:

@@ -122,6 +122,7 @@ def _cost(cell: Cell, extent: Extent) -> Cost:
             iterations=iterations,
             inner=0 if method in ("ml", "sirt") else max(ends(sweep.solver.inner)),
             coarse=sweep.solver.coarse,
+            dual_bits=sweep.solver.dual_bits,
             devices=sweep.solver.devices,
             gpu=gpu_rows,
             core=core_rows,

@@ -237,12 +237,22 @@ class Atlas:
         return new
 
     def _clean(self) -> None:
-        """Delete what earlier runs left half done: asides, and volumes of trials without a result."""
+        """Delete what earlier runs left half done: asides, volumes of trials without a result, states of those with."""
         rows = [row for cell in self.cells for row in self.history.cell(cell.id).rows.values()]
         known = {row.result["volume"] for row in rows if row.result}
         left = [path for path in self.folder.volumes.iterdir() if f"volumes/{path.name}" not in known]
+        left += [path for path in self.folder.path.glob("partial/*.npz") if self._ended(path.stem)]
         for path in [*left, *self.folder.path.glob("*.partial"), *self.folder.best.glob("*.partial")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _ended(self, batch: str) -> bool:
+        """Whether all trials of a batch, <cell>-<trial>-<trial>, have results."""
+        for cell in self.cells:
+            numbers = batch.removeprefix(f"{cell.id}-").split("-")
+            if batch.startswith(f"{cell.id}-") and all(number.isdecimal() for number in numbers):
+                rows = self.history.cell(cell.id).rows
+                return all(int(number) in rows and rows[int(number)].result for number in numbers)
+        return False
 
 
 def rebuild(folder: RunFolder) -> None:

@@ -344,6 +344,8 @@ class Fused3D(Model):
     lambda_tv: Weight = setting(0.1, "-", "weight of total variation")
     tolerance: float = setting(
         1e-3, "-", "fused: mean relative change of the cost over some iterations that ends the solve; 0: never", ge=0)
+    dual_bits: Literal[32, 16] = setting(
+        32, "bits", "fused: of the numbers of TV's dual; 16 move fewer bytes on a GPU")
     devices: int = setting(
         1, "devices", "GPUs, or parts of a CPU, that share one reconstruction, each a slab along x", ge=1)
     record: Annotated[list[int], AfterValidator(_checkpoints)] = setting(

@@ -115,7 +115,7 @@ def _check_memory(sweep: Sweep, data: MultiModal, trials: int) -> None:
         system=sweep.system, method=solver.method, elements=len(data.chem.elements), shape=data.shape,
         haadf_tilts=data.haadf.tilts if data.haadf else 0, chem_tilts=data.chem.tilts, iterations=solver.iterations,
         inner=0 if solver.method in ("ml", "sirt") else int(solver_settings(sweep).inner), coarse=solver.coarse,
-        devices=solver.devices).bytes
+        dual_bits=solver.dual_bits, devices=solver.devices).bytes
     shared = solver.devices if device.platform == "cpu" else 1
     if 0 < limit < trials * shared * sum(need.values()):
         many = f"{trials} trials at once need {trials} times " if trials > 1 else "the trial needs "

@@ -142,11 +142,16 @@ def test_the_atlas_follows_from_the_journal_alone(done, tmp_path):
     (done.volumes / "torn-9-0.zarr").mkdir()
     (done.path / "atlas.zarr.partial").mkdir()
     (done.path / "summary.json.partial").write_text("{")
+    states = [done.path / "partial" / f"haadf_tilts=9,chem_tilts=3-{numbers}.npz" for numbers in ("0", "0-1", "0-999")]
+    states[0].parent.mkdir(exist_ok=True)
+    for path in states:
+        path.touch()
     zarr.open_group(done.atlas, mode="w")
     atlas.rebuild(done)
     assert figures(done.path) == before and done.summary.read_text() == summary
     assert {path.name: path.read_text() for path in done.best.iterdir()} == best
     assert sorted(done.volumes.iterdir()) == sorted(volumes) and not list(done.path.glob("*.partial"))
+    assert [path.exists() for path in states] == [False, False, True]  # trial 999 may go on from there
     assert zarr.open_group(done.atlas)["cells/haadf_tilts=9,chem_tilts=3/volume"].shape == (2, 4, 5, 6)
 
 

@@ -36,7 +36,8 @@ def test_bytes_are_those_of_the_compiled_loop(method, size, haadf, chem):
     """Problem, state and the temporary memory that XLA plans; the estimate may be 15 % off."""
     data = simulated(size, haadf, chem)
     problem = model.build(data, gamma=1.6, lambda_model=1, lambda_chem=1, lambda_tv=0.1, weights="z_gamma", inner=4)
-    begin, step = (fused3d._START[True], fused3d._STEP[True]) if method == "fused" else descent.solver(method, True)[:2]
+    fused = (fused3d.starter(True), fused3d._STEP[True])
+    begin, step = fused if method == "fused" else descent.solver(method, True)[:2]
     state, terms = jax.jit(begin)(problem)
     run = iterate.Run(state, np.int32(0), np.int32(0), np.zeros((65, len(terms)), np.float32))
     loop = jax.jit(iterate._advancing(step, None), donate_argnums=(1,))

@@ -256,7 +256,7 @@ def test_a_value_that_is_not_finite_stops_with_a_status(tiny, method, value):
     field = "images" if method == "fused" else "maps"
     index = (0,) * getattr(problem, field).ndim
     problem = problem._replace(**{field: getattr(problem, field).at[index].set(value)})
-    both = (fused3d._START[True], fused3d._STEP[True]) if method == "fused" else descent.solver(method, True)[:2]
+    both = (fused3d.starter(True), fused3d._STEP[True]) if method == "fused" else descent.solver(method, True)[:2]
     outcome = iterate.outcomes(iterate.solve(both[1], problem, sharding.spread(both[0], 1)(problem), 30))[0]
     assert not outcome.ok and outcome.iterations < 30
     assert "not finite" in outcome.status
@@ -300,7 +300,7 @@ def test_thirty_trials_compile_once(tiny):
 def _compiled():
     spread = partial(sharding.spread, devices=1)
     programs = (sharding.spread(iterate._advancing(fused3d._STEP[True], None), 1, donate=(1,)),
-                spread(fused3d._batched(fused3d._START[True], None)), spread(model._starter((16, 16))),
+                spread(fused3d._batched(fused3d.starter(True), None)), spread(model._starter((16, 16))),
                 model.project, model.backproject)
     return [program._cache_size() for program in programs]
 
@@ -361,3 +361,13 @@ def test_a_solve_that_was_cut_off_is_taken_up_again(tiny, tmp_path):
     assert distance(rest.volume, whole.volume) < 1e-6 and len(rest.history["total"]) == 41
     keep.path.write_bytes(b"torn")
     assert distance(reconstruct(tiny, chosen, keep=keep).volume, whole.volume) < 1e-6
+
+
+@pytest.mark.slow
+def test_duals_of_16_bits_find_the_same_volume():
+    """bfloat16 has 8 binary digits: what it loses must not show where the noise is ten times larger."""
+    data = simulated(24, 17, 9)
+    found = [reconstruct(data, settings(lambda_tv=0.7, dual_bits=bits)) for bits in (32, 16)]
+    scores = [float(metrics.nrmse_elements(solution.volume, data.truth).mean()) for solution in found]
+    assert 0 < distance(found[1].volume, found[0].volume) < 0.01
+    assert scores[1] == pytest.approx(scores[0], rel=2e-3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
-from engine import fused3d, iterate, metrics
+from engine import estimate, fused3d, iterate, metrics
 from sweeps import stages, trial
 from sweeps.schema import Fused3D
 from sweeps.settings import dump, load
@@ -239,6 +239,21 @@ def test_a_solve_that_fails_gives_a_status(tmp_path, monkeypatch):
     row = run(message(tmp_path))
     assert row["status"] == "stopped at iteration 3: the cost is not finite"
     assert row["objective"] is None and row["volume"] is None
+
+
+@pytest.mark.parametrize("trials", [1, 3])
+def test_trials_that_do_not_fit_are_refused_with_the_arithmetic(tmp_path, monkeypatch, trials):
+    """A limit just above what the trials of a batch need lets them pass, one just below refuses them all."""
+    sweeps = [settings(solver__lambda_tv=0.1 * (k + 1), solver__iterations=2) for k in range(trials)]
+    need = sum(estimate.solve(system="fused3d", method="fused", elements=4, shape=(16, 16, 16), haadf_tilts=9,
+                              chem_tilts=5, iterations=2, inner=4).bytes.values())
+    for limit, passes in ((trials * need, True), (trials * need - 1, False)):
+        monkeypatch.setattr(trial, "_memory_free", lambda limit=limit: limit)
+        rows = trial.run(message(tmp_path, *sweeps))
+        assert [row["status"] == "ok" for row in rows] == [passes] * trials
+    many = "3 trials at once need 3 times " if trials == 3 else "the trial needs "
+    assert rows[0]["status"].startswith(f"{many}{estimate.size(need)} (")
+    assert "working memory of a step" in rows[0]["status"] and "lower data.size or search.batch" in rows[0]["status"]
 
 
 def test_a_solve_that_was_cut_off_goes_on_in_the_next_attempt(tmp_path, monkeypatch):
