@@ -13,6 +13,7 @@ ramp filter, which undoes the 1/|k| of A' A:
 
 HAADF sees one combination of the elements per voxel, S'; the exact rank-one block leaves all others free to move, where
 its diagonal bound would hold them back as well. Both parts grow with the iterations, so that the split settles.
+A solve starts from the volume and the duals of one at half the resolution (`engine.pyramid`), which does the same.
 `plain` is the paper's own algorithm; `fista`, `chem_tv`, `ml` and `sirt` are what it is compared with.
 """
 
@@ -40,11 +41,12 @@ TERMS = ("model", "chem", "tv", "total")
 
 # rho: a share of the ratio of the two terms' curvatures, but never more than lets the images' dual step by a small part
 # of its own curvature at the highest frequency. At natural weights the first binds at F3's doses, the second from ten
-# times them on: 1 to 2 and 0.3 of the ratio were the best there (48^3), and the ratio itself fails at an SNR of 1e4.
+# times them on. After coarse solves a CAP of .03, .1 and .3 gave .127, .123 and .137 after 20 iterations at 64^3 and ten
+# times the dose, and from a cold start .03 the best; the ratio itself fails at an SNR of 1e4.
 RHO, CAP = 1.0, 0.1
 SHARE = 0.25  # of the maps' curvature bound that their metric takes; 0.35 measured alike, 0.5 and 1 are slower
 GROWTH, GROWN = 0.1, 6.0  # both metrics grow by this share of its first value per iteration, up to so many
-WARM = 15  # iterations by which the metrics have grown where a coarser solve came before
+WARM = 15  # iterations by which the metrics have grown where a coarser solve came before; 5 and 10 were slower
 MEMORY = 0.3  # weight of an iteration in the mean change that ends a solve
 RETREAT = 4.0  # a cost this many times the best one is a step that went wrong
 TRUST = 0.95  # by which caution fades in each iteration

@@ -72,7 +72,7 @@ def test_cheap_trials_have_fewer_iterations_keep_no_volume_and_never_win(tmp_pat
 
     summary = coordinate(tmp_path / "r", sweep(6, axes={}, search=SHARED), "flattering")
     rows = {event["trial"]: event for event in events(tmp_path / "r", "result")}
-    assert [rows[k]["iterations"] for k in range(6)] == [2, 2, 10, 2, 2, 10]
+    assert [rows[k]["iterations"] for k in range(6)] == [1, 1, 10, 1, 1, 10]
     best = summary.figures["cells"]["all"]
     assert best["trial"] in (2, 5) and best["objective"] == min(rows[2]["objective"], rows[5]["objective"])
     assert best["objective"] > max(rows[k]["objective"] for k in (0, 1, 3, 4))
@@ -84,10 +84,10 @@ def test_cheap_trials_have_fewer_iterations_keep_no_volume_and_never_win(tmp_pat
 
 
 def test_cheap_trials_record_what_they_pass(tmp_path):
-    coordinate(tmp_path / "r", sweep(3, axes={}, search=SHARED, record=[2, 5, 10]))
+    coordinate(tmp_path / "r", sweep(3, axes={}, search=SHARED, record=[1, 5, 10]))
     stops = {event["trial"]: [stop["iterations"] for stop in event["checkpoints"]]
              for event in events(tmp_path / "r", "result")}
-    assert stops == {0: [2], 1: [2], 2: [2, 5, 10]}
+    assert stops == {0: [1], 1: [1], 2: [1, 5, 10]}
 
 
 def test_strict_shared_search_does_not_depend_on_timing_on_kills_or_on_running_a_cell_again(tmp_path):
