@@ -41,8 +41,8 @@ TERMS = ("model", "chem", "tv", "total")
 
 # rho: a share of the ratio of the two terms' curvatures, but never more than lets the images' dual step by a small part
 # of its own curvature at the highest frequency. At natural weights the first binds at F3's doses, the second from ten
-# times them on. After coarse solves a CAP of .03, .1 and .3 gave .127, .123 and .137 after 20 iterations at 64^3 and ten
-# times the dose, and from a cold start .03 the best; the ratio itself fails at an SNR of 1e4.
+# times them on. After coarse solves a CAP of .03, .1 and .3 gave .127, .123 and .137 after 20 iterations (64^3, ten
+# times the dose), and from a cold start .03 was the best; the ratio itself fails at an SNR of 1e4.
 RHO, CAP = 1.0, 0.1
 SHARE = 0.25  # of the maps' curvature bound that their metric takes; 0.35 measured alike, 0.5 and 1 are slower
 GROWTH, GROWN = 0.1, 6.0  # both metrics grow by this share of its first value per iteration, up to so many

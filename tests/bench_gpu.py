@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine import fused3d, kernels, metrics, simulate
+from engine.coupling import couple_reference
 from engine.data import MultiModal
 from engine.penalties import Field, prox_tv_reference
 from engine.phantoms import ELEMENTS, FIELD_NM
@@ -27,6 +28,7 @@ from engine.sizes import bucket
 from sweeps.schema import SNR
 from tests.bench import publish
 from tests.bench_solver import WEIGHTS, specimen
+from tests.test_coupling import block_of
 from tests.test_kernels import dual_problem, numbers
 
 REPEATS = 5
@@ -53,7 +55,8 @@ def main() -> None:
     name = f"{device.device_kind}, {memory(device) / 2**30:.0f} GiB for JAX"
     bandwidth = copy_bandwidth()
     parts = [f"{name}; copies at {bandwidth:.2f} TB/s, read and write counted.", check_kernels(),
-             operator_table([s for s in sizes if s <= 256], bandwidth), tv_table(sizes, bandwidth), dual_table()]
+             operator_table([s for s in sizes if s <= 256], bandwidth), tv_table(sizes, bandwidth), dual_table(),
+             coupling_table([s for s in sizes if s <= 256], bandwidth)]
     publish("GPU: kernels", "\n\n".join(parts))
     parts = [f"{name}; cocuo, F3's SNRs, {ITERATIONS} iterations of {SOLVE.inner} TV steps.",
              solve_table(sizes, device), batch_table()]
@@ -121,10 +124,29 @@ def check_kernels() -> str:
     ours, dual = kernels.prox_tv(*problem)
     reference, dual_there = prox_tv_reference(*jax.device_put(problem, cpu))
     worst["TV"], worst["its dual"] = largest(ours, reference), largest(np.stack(dual), np.stack(dual_there))
+    for final, name in ((False, "coupling, target"), (True, "coupling, volume")):
+        state = block_of((4, 40, 50, 77))
+        pairs = zip(kernels.couple(*state, final=final), couple_reference(*jax.device_put(state, cpu), final=final))
+        worst[name] = max(largest(ours, reference) for ours, reference in pairs)
     for kind, difference in worst.items():
         assert difference < 1e-4, f"{kind}: the kernel differs from the reference by {difference:.1e}"
     return ("Largest difference to the reference on the CPU, relative to the largest value: "
             + ", ".join(f"{kind} {difference:.1e}" for kind, difference in worst.items()) + ".")
+
+
+def coupling_table(sizes: list[int], bandwidth: float) -> str:
+    """Both calls of the coupling in an iteration, four elements."""
+    lines = ["| size | elements | coupling | ms | share of copy bandwidth | plain JAX, ms | times ours |",
+             "|---|---|---|---|---|---|---|"]
+    for size in sizes:
+        state = block_of((4,) + (size,) * 3)
+        for final, name, volumes in ((False, "target", 33), (True, "volume", 30)):  # moved: 4 per array of elements
+            note(f"coupling, {size}^3 x 4, {name}")
+            ms, slow = (milliseconds(jax.jit(partial(form, final=final)), *state)
+                        for form in (kernels.couple, couple_reference))
+            lines.append(f"| {size} | 4 | {name} | {ms:.3f} | {4 * volumes * size**3 / ms / 1e9 / bandwidth:.2f} | "
+                         f"{slow:.2f} | {slow / ms:.0f} |")
+    return "\n".join(lines)
 
 
 def largest(ours: object, reference: object) -> float:
@@ -251,8 +273,12 @@ def solve_table(sizes: list[int], device: jax.Device) -> str:
         ms = 1e3 * (whole - short) / (ITERATIONS - SHORT)
         lines.append(f"| {size} | {len(data.numbers)} | {HAADF} | {CHEM} | {ms:.2f} | {whole:.3f} |")
         peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+        asked = replace(SOLVE, tolerance=fused3d.Settings().tolerance)
+        stopped, half = (seconds_per_solve(data, replace(asked, dual_bits=bits)) for bits in (32, 16))
         remarks.append(f"{size}^3: {peak / 2**30:.1f} GiB at most so far; "
-                       f"{whole - ITERATIONS * ms / 1e3:.3f} s of a solve are its start, its transfers and its end.")
+                       f"{whole - ITERATIONS * ms / 1e3:.3f} s of a solve are its coarse solves, transfers and end. As "
+                       f"it comes, with the stopping rule: {stopped:.3f} s "
+                       f"({fused3d.reconstruct(data, asked).status}), with TV duals of 16 bits {half:.3f} s.")
     return "\n".join(lines) + "\n\n" + "\n".join(remarks)
 
 
