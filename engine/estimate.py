@@ -14,7 +14,7 @@ _SINGLE = 4  # bytes of a number
 _WORKING = {"fused": 3.0, "chem_tv": 2.1, "plain": 4.4, "fista": 3.3, "ml": 2.9, "sirt": 3.0}
 # Relative work: of a projection or back projection per voxel and tilt, a TV step per voxel and element, the rest of an
 # iteration per voxel and element. In nanoseconds, on one core with AVX-512 (docs/BENCHMARKS.md has the measurement).
-_CORE_NS = {"projection": 0.07, "tv": 2.3, "rest": 15.0}
+_CORE_NS = {"projection": 0.07, "tv": 0.8, "rest": 9.0}
 # An H200 that nobody has measured: from its 4.8 TB/s, about 5 ms per iteration at 256^3 x 4 elements, 47 + 9 tilts.
 _GPU_NS = {"projection": 3.5e-4, "tv": 8e-3, "rest": 3.5e-2}
 
