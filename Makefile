@@ -1,7 +1,7 @@
 # Each target sets up .venv by itself, once; after a change of pyproject.toml it is brought up to date.
 #   make run     the quickstart sweep: two workers over MPI, a few minutes, ends with a table and runs/quickstart/
 #   make test    all tests, the slow ones too (PYTEST="-m 'not slow'" leaves them out)
-#   make bench   all measurements on this machine's cores, about an hour, into docs/BENCHMARKS.md
+#   make bench   all measurements on this machine's cores, about half an hour, into docs/BENCHMARKS.md
 #   make bench-gpu  the same for the kernels and solves on a GPU
 #   make lint    ruff and mypy
 SHELL := /bin/bash
@@ -17,7 +17,7 @@ run: .venv/run.stamp
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
 
-bench: .venv/dev.stamp
+bench: .venv/bench.stamp
 	set -e; for bench in $(filter-out tests/bench_gpu.py,$(wildcard tests/bench_*.py)); do \
 		$(BIN)/python -m tests.$$(basename $$bench .py); done
 
@@ -46,6 +46,10 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mpi,mpich,files,dev]'
 	@touch $@ .venv/run.stamp
 
-.venv/gpu.stamp: .venv/dev.stamp
+.venv/bench.stamp: .venv/dev.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[oracles]'
+	@touch $@
+
+.venv/gpu.stamp: .venv/bench.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cuda12]'
 	@touch $@

@@ -21,7 +21,7 @@ import numpy as np
 from engine import sharding
 
 RUNNING, CONVERGED, NON_FINITE = 0, 1, 2
-_CAPACITY = 64  # history lengths are multiples of this, so that 50 and 60 iterations are one program
+_CAPACITY = 512  # history lengths are multiples of this, so that nearly all solves of a shape are one program
 
 Step = Callable[[Any, Any, jax.Array], tuple[Any, jax.Array, jax.Array]]
 
