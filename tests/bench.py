@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,6 +28,13 @@ def machine() -> str:
     widest = "AVX-512" if "avx512f" in text else "AVX2" if "avx2" in text else platform.machine()
     return (f"{cpu} ({widest}), {os.cpu_count()} cores, Python {platform.python_version()}, "
             f"JAX {version('jax')}, scikit-optimize {version('scikit-optimize')}")
+
+
+def apart(code: str, threads: int, devices_of: int = 1) -> str:
+    """What a program prints in a process of its own, with so many threads and JAX devices."""
+    given = {k: v for k, v in os.environ.items() if k not in ("NPROC", "OMP_NUM_THREADS", "XLA_FLAGS")}
+    env = devices.environment(0, 1, given, threads=threads, share=devices_of)
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
 
 
 def publish(title: str, body: str) -> None:

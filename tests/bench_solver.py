@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,9 +20,8 @@ from engine import coupling, fused3d, model, simulate
 from engine.data import MultiModal, Solution
 from engine.penalties import tv_dual
 from engine.phantoms import ELEMENTS, FIELD_NM, phantom
-from launch import devices
 from sweeps.schema import SNR
-from tests.bench import publish
+from tests.bench import apart, publish
 from tests.bench_projector import REPEATS, touch, within
 
 COLUMNS = "| size | elements | haadf tilts | chem tilts | ms per iteration | s per solve |"
@@ -135,11 +132,9 @@ def slabs() -> str:
              "|---|---|---|---|"]
     alone = None
     for count, threads in ((1, 1), (1, cores), (cores, 1)):
-        env = devices.environment(0, 1, {k: v for k, v in os.environ.items() if k not in (
-            "NPROC", "OMP_NUM_THREADS", "XLA_FLAGS")}, threads=max(threads, count), share=count)
         code = (f"from tests import bench_solver as b; import json; "
                 f"print(json.dumps(b.per_iteration(b.specimen({CELLS[-1][0]}), {count})))")
-        told = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+        told = apart(code, max(threads, count), count)
         wall = 1e3 * json.loads(told.splitlines()[-1])[0]
         alone = alone or wall
         lines.append(f"| {count} | {threads} | {wall:.0f} | {alone / wall:.2f} times as fast |")
