@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from engine import sharding
 from engine.forms import fastest
 
-OVERLAP = 4  # planes that slabs share on either side: enough for the 3 TV steps of an iteration
+OVERLAP = 5  # planes that slabs share on either side: enough for the 4 TV steps of an iteration
 RELAX = 1.8  # of the dual step; below 2, where it ceases to converge
 Field = tuple[jax.Array, jax.Array, jax.Array]  # a dual field without its name
 Span = tuple[jax.Array | int, jax.Array | int]  # first plane along x that exists, and the one behind the last
