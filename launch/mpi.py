@@ -86,6 +86,8 @@ class MpiWorkers:
         self._heard: dict[int, float] = {}
         self._beat = 0.0
         self._letters: list[Any] = []  # sends under way
+        self._late: list[int] = []  # ranks given up in a trial, whose hearts beat
+        self._news: list[Event] = []
         _neighbours(self._comm)
 
     def start(self, folder: Path) -> None:
@@ -110,11 +112,19 @@ class MpiWorkers:
         self._idle.remove(rank)
         self._send(rank, json.dumps(message), TRIAL)
 
+    def kill(self, worker: str) -> None:
+        """Wait no longer for a rank, which cannot be killed without the job; its answer would bring it back."""
+        rank = int(worker.removeprefix("worker-"))
+        self._alive.remove(rank)
+        self._late.append(rank)
+        self._news.append(Event(worker, lost=f"{worker} was given up in the middle of a trial"))
+
     def poll(self, timeout: float) -> list[Event]:
         """Results and losses; waits at most `timeout` seconds for the first."""
         started = time.monotonic()
         while True:
-            events = self._receive() + self._silent()
+            events = self._news + self._receive() + self._silent()
+            self._news = []
             waited = time.monotonic() - started
             if events or waited >= timeout:
                 return events
@@ -135,6 +145,11 @@ class MpiWorkers:
     def _take(self, rank: int, tag: int, text: str) -> list[Event]:
         if tag == GONE:
             self._present.discard(rank)
+        if tag == RESULT and rank in self._late:
+            self._late.remove(rank)
+            self._alive.append(rank)
+            self._idle.add(rank)
+            return []
         if rank not in self._alive:
             return []  # was given up
         self._heard[rank] = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,16 @@ from launch import devices, mpi, plan, workers
 from launch.plan import Plan
 from sweeps import grid
 from sweeps.atlas import RunFolder
-from sweeps.coordinator import Summary
+from sweeps.coordinator import GRACE, Summary
 from sweeps.crew import Workers
 from sweeps.grid import Cell
 from sweeps.journal import RunError
+from sweeps.limits import MARGIN, job_end
 from sweeps.settings import SettingsError, Sweep
 
 EVALUATE = "sweeps.trial:run"
+AGAIN = 75  # exit status, EX_TEMPFAIL of sysexits.h: the job's time was too short, the next one continues
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 FILLED = 4 * 256**3  # voxels times elements that keep a large GPU busy: more at once take longer in proportion
 ROUNDS = 4  # batches of a search at least
 
@@ -63,8 +67,10 @@ def _coordinate(
         raise RunError("\n".join(refused))
     for warning in plan.warnings(planned):
         print(warning, file=sys.stderr)
-    with signals() as stop, progress.observer(sys.stdout) as watch:
-        summary = coordinator.run(sweep, cells, crew, folder, watch, stop, again, batches=batches(planned, room))
+    until = job_end(os.environ)
+    with signals(until) as stop, progress.observer(sys.stdout) as watch:
+        summary = coordinator.run(sweep, cells, crew, folder, watch, stop, again, stop.grace,
+                                  batches(planned, room), until)
     print(f"\n{report.table(folder.path)}\n")
     # A launcher that has sent SIGTERM kills soon after: no time for figures then.
     if summary.stopped is None:
@@ -76,11 +82,16 @@ def _coordinate(
 
 
 def ending(summary: Summary, number: int) -> int:
-    """Say where a stopped sweep stands; the exit status: 0 when all is done, else as by the signal."""
+    """Say where a stopped sweep stands; the exit status.
+
+    0 when all is done or the budget is spent, AGAIN when the job's time was too short, else as by the signal.
+    """
     if summary.stopped is None:
         return 0
     print(f"{summary.stopped}; figures so far: tomoatlas report {summary.folder}")
-    return 128 + number if number else 1
+    if summary.limit is None:
+        return 128 + number if number else 1
+    return 0 if summary.spent else AGAIN
 
 
 def local_count(share: int = 1) -> int:
@@ -120,10 +131,10 @@ def check_cell(cells: list[Cell], again: str | None) -> None:
 
 
 @contextmanager
-def signals() -> Iterator[Stop]:
-    """While inside, SIGINT and SIGTERM ask the coordinator to stop; afterwards they are as before."""
-    stop = Stop()
-    before = {number: signal.signal(number, stop.hear) for number in (signal.SIGINT, signal.SIGTERM)}
+def signals(until: float | None = None) -> Iterator[Stop]:
+    """While inside, signals ask the coordinator to stop; afterwards they are as before. until: the end of the job."""
+    stop = Stop(until)
+    before = {number: signal.signal(number, stop.hear) for number in STOPS}
     try:
         yield stop
     finally:
@@ -132,13 +143,19 @@ def signals() -> Iterator[Stop]:
 
 
 class Stop:
-    """How often the user has asked to stop, and by which signal first."""
+    """How often the user has asked to stop, and by which signal first. until: the end of the job [s since 1970]."""
 
-    def __init__(self) -> None:
-        self.count, self.number = 0, 0
+    def __init__(self, until: float | None = None) -> None:
+        self.count, self.number, self.until = 0, 0, until
 
     def __call__(self) -> int:
         return self.count
+
+    def grace(self) -> float:
+        """Seconds that running trials have: after SIGUSR1, a job's notice of its end, until then."""
+        if self.number != signal.SIGUSR1 or self.until is None:
+            return GRACE
+        return max(GRACE, self.until - MARGIN - time.time())
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         """A signal handler: the first lets running trials end, the second does not wait for them."""

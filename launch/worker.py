@@ -69,7 +69,7 @@ def _results(evaluate: Evaluate, message: dict[str, Any]) -> list[dict[str, Any]
 
 def ignore_signals() -> None:
     """Launchers signal every process; the coordinator decides for all what follows."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

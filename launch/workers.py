@@ -66,6 +66,10 @@ class LocalWorkers:
         self._workers[worker].busy = True
         self._workers[worker].say(json.dumps(message))
 
+    def kill(self, worker: str) -> None:
+        """End a process, whatever it does; a new one takes its place."""
+        self._workers[worker].process.kill()
+
     def poll(self, timeout: float) -> list[Event]:
         """Results and losses; waits at most `timeout` seconds for the first."""
         events: list[Event] = []

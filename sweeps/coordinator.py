@@ -25,6 +25,7 @@ from sweeps.atlas import Atlas, RunFolder, commit, resolved, version
 from sweeps.crew import Event, Workers
 from sweeps.grid import Cell
 from sweeps.journal import SAFE, History, Journal, RunError
+from sweeps.limits import Ledger
 from sweeps.search import CellSearch, searches
 from sweeps.settings import Sweep, dump
 
@@ -57,6 +58,7 @@ class Summary:
 
     total, done, failed: numbers of trials; failed ones are done, too.
     stopped: None when every trial is done; otherwise the sentence for the user.
+    limit: why the sweep ended by itself before that; None where a signal ended it. spent: it was the budget.
     figures: as in summary.json.
     searches: by cell.
     """
@@ -66,6 +68,8 @@ class Summary:
     done: int
     failed: int
     stopped: str | None
+    limit: str | None
+    spent: bool
     figures: dict[str, Any]
     searches: dict[str, CellSearch]
 
@@ -74,11 +78,19 @@ class _Run:
     """One run of the coordinator: who works on what, and the way of every event into the journal."""
 
     def __init__(self, cells: Sequence[Cell], workers: Workers, folder: RunFolder, journal: Journal,
-                 observer: Observer, batches: Mapping[str, int]) -> None:
+                 observer: Observer, batches: Mapping[str, int], ledger: Ledger) -> None:
         self.workers, self.folder, self.journal, self.observer = workers, folder, journal, observer
         self.history = History(journal.events)
         self.searches = searches(cells, self.history, batches)
+        self.ledger = ledger
+        for cell in cells:
+            for row in self.history.cell(cell.id).rows.values():
+                if row.result is not None:
+                    ledger.add(cell, row.result)
+        self.limit: str | None = None  # why trials that are ready are not started
         self.jobs: dict[str, list[dict[str, Any]]] = {}  # asks by worker
+        self.since: dict[str, float] = {}  # when each worker got them
+        self.expired: set[str] = set()  # workers given up in the middle of a trial
         self.home: dict[str, str] = {}  # the cell a worker had last: its data are still there
         self.changed: set[str] = set()  # cells the atlas has not seen yet
         self.last_loss = ""
@@ -118,8 +130,12 @@ class _Run:
         """
         for worker in self.workers.idle():
             ready = [search for search in self.searches.values() if search.ready()]
+            refusals = {search.cell.id: self.ledger.refusal(search.cell) for search in ready}
+            self.limit = next((why for why in refusals.values() if why), None)
+            ready = [search for search in ready if refusals[search.cell.id] is None]
             if not ready:
                 return
+            self.limit = None
             home = self.home.get(worker)
             self.submit(worker, min(ready, key=lambda search: (
                 search.turn(), search.cell.id != home, len(search.at_work), len(search.history.rows))))
@@ -137,22 +153,37 @@ class _Run:
             if not search.may_share(trial["trial"]):
                 break
         if asks:
-            self.jobs[worker], self.home[worker] = asks, cell.id
+            self.jobs[worker], self.home[worker], self.since[worker] = asks, cell.id, time.monotonic()
             self.workers.submit(worker, {"cell": cell.id, "folder": str(self.folder.path.resolve()), "trials": [
                 {key: ask[key] for key in ("trial", "attempt", "kind", "params")}
                 | {"settings": dump(resolved(cell, ask["params"], ask["fidelity"]))} for ask in asks]})
+
+    def expire(self) -> None:
+        """Give up workers whose trials take longer than they may."""
+        now = time.monotonic()
+        for worker, asks in self.jobs.items():
+            allowed = self.searches[asks[0]["cell"]].cell.sweep.search.trial_timeout
+            if allowed is not None and now - self.since[worker] > allowed * len(asks) and worker not in self.expired:
+                self.expired.add(worker)
+                self.workers.kill(worker)
 
     def receive(self, event: Event) -> None:
         """Take a worker's report into the journal."""
         if event.lost is not None:
             self.last_loss = event.lost
             self.home.pop(event.worker, None)
-        asks = self.jobs.pop(event.worker, [])
+        asks, late = self.jobs.pop(event.worker, []), event.worker in self.expired
+        self.expired.discard(event.worker)
         for ask in asks:
             self.searches[ask["cell"]].at_work.discard(ask["trial"])
         if event.results is None:
             for ask in asks:
-                self.lose(ask, event.worker, event.lost or "")
+                allowed = self.searches[ask["cell"]].cell.sweep.search.trial_timeout
+                if late and len(asks) == 1:
+                    status = f"took longer than search.trial_timeout ({allowed:g} s)"
+                    self.finish(ask, {"status": status, "worker": event.worker, "seconds": allowed})
+                else:  # of a batch nobody knows which trial was stuck: each loss brings it nearer to going alone
+                    self.lose(ask, event.worker, event.lost or "")
             return
         for ask, result in zip(asks, event.results, strict=True):
             if "fatal" in result:
@@ -166,6 +197,7 @@ class _Run:
         search = self.searches[ask["cell"]]
         best = search.history.winner(bool(search.cell.space))
         self.changed.add(ask["cell"])
+        self.ledger.add(search.cell, result)
         self.observer.result(result, search.cell, best.objective if best else None)
 
     def lose(self, ask: dict[str, Any], worker: str, reason: str) -> None:
@@ -182,18 +214,21 @@ class _Run:
 
 def run(sweep: Sweep, cells: Sequence[Cell], workers: Workers, folder: RunFolder,
         observer: Observer | None = None, stop: Callable[[], int] = lambda: 0, again: str | None = None,
-        grace: float = GRACE, batches: Mapping[str, int] | None = None) -> Summary:
+        grace: Callable[[], float] = lambda: GRACE, batches: Mapping[str, int] | None = None,
+        until: float | None = None) -> Summary:
     """Carry out what is left of a sweep.
 
-    stop: how often the user has asked to stop: once, running trials may end within `grace` [s]; twice, leave.
+    stop: how often the user has asked to stop: once, running trials may end within `grace()` [s]; twice, leave.
     again: the id of a cell to run from its first trial.
     batches: by cell, how many trials a worker can take at once, where search.batch is auto; by default one.
+    until: when the job is killed, in seconds since 1970: no trial is started that will not have ended by then.
     Raises RunError where the folder belongs to other settings or another coordinator, where there is no such
     cell, when the disk is full, and when no worker is left.
     """
     observer = observer or Observer()
     with folder.open(sweep) as journal:
-        state = _Run(cells, workers, folder, journal, observer, batches or {})
+        ledger = Ledger(until, sweep.search.budget_hours)
+        state = _Run(cells, workers, folder, journal, observer, batches or {}, ledger)
         state.interrupted()
         if again is not None:
             state.again(again)
@@ -202,19 +237,22 @@ def run(sweep: Sweep, cells: Sequence[Cell], workers: Workers, folder: RunFolder
         observer.started(state.total, state.done)
         if state.done < state.total:
             _work(state, atlas, stop, grace)
-        stopped = None
+        stopped, limit = None, None
         if state.done < state.total:
-            stopped = f"stopped: {state.done} of {state.total} trials; run again to continue"
+            limit = None if stop() else state.limit
+            cure = "raise search.budget_hours" if ledger.spent and limit else "run again"
+            stopped = (f"stopped: {state.done} of {state.total} trials{'; ' + limit if limit else ''}; {cure} to "
+                       "continue")
         journal.append({"event": "stop" if stopped else "end", "reason": stopped or "all trials are done"})
         atlas.update(state.changed)
         figures = atlas.summary
-        summary = Summary(folder.path, state.total, state.done, figures["failed"], stopped, figures,
-                          state.searches)
+        summary = Summary(folder.path, state.total, state.done, figures["failed"], stopped, limit,
+                          ledger.spent, figures, state.searches)
     observer.finished(summary)
     return summary
 
 
-def _work(state: _Run, atlas: Atlas, stop: Callable[[], int], grace: float) -> None:
+def _work(state: _Run, atlas: Atlas, stop: Callable[[], int], grace: Callable[[], float]) -> None:
     """The loop, until every trial is done or the user has had enough."""
     deadline = None
     try:
@@ -225,15 +263,18 @@ def _work(state: _Run, atlas: Atlas, stop: Callable[[], int], grace: float) -> N
         while state.done < state.total:
             asked = stop()
             if asked and deadline is None:
-                deadline = time.monotonic() + grace
+                deadline = time.monotonic() + grace()
             if deadline is None:
                 state.dispatch()
+                if state.limit and not state.jobs:
+                    return
             elif asked > 1 or not state.jobs or time.monotonic() > deadline:
                 return
             if not state.workers.names():
                 raise RunError(f"no worker is left: {state.last_loss}; nothing that was finished is lost")
             for event in state.workers.poll(0.1):
                 state.receive(event)
+            state.expire()
             if atlas.due():
                 atlas.update(state.changed)
     finally:

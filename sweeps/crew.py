@@ -34,6 +34,9 @@ class Workers(Protocol):
     def submit(self, worker: str, message: dict[str, Any]) -> None:
         """Hand trials to an idle worker. A worker that dies of it is reported by `poll`."""
 
+    def kill(self, worker: str) -> None:
+        """Give up a worker in the middle of a message; `poll` reports it as lost. It may be replaced or come back."""
+
     def poll(self, timeout: float) -> list[Event]:
         """What has happened; waits at most `timeout` seconds for the first event."""
 

@@ -100,7 +100,7 @@ def conventional(sweep: Sweep) -> bool:
 def space_difference(old: Sweep, new: Sweep) -> str:
     """Why the results of `old` cannot be continued as `new`, one line per setting; "" when they can.
 
-    The name, what is kept, a larger budget and (in free order) what is in flight and in a batch may change.
+    The name, what is kept, limits of time, more trials and (in free order) what is in flight and in a batch may change.
     """
     lines = list(_differences(_flat(dump(old)), _flat(dump(new))))
     if not lines and list(old.grid) != list(new.grid):
@@ -157,7 +157,8 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     free = old.get("search.order") == new.get("search.order") == "free"
-    may_change = {"name", "output.save"} | ({"search.in_flight", "search.batch"} if free else set())
+    may_change = {"name", "output.save", "search.budget_hours", "search.trial_timeout"}
+    may_change |= {"search.in_flight", "search.batch"} if free else set()
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)  # None: not given
         if before == after or key in may_change:

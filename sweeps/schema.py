@@ -365,6 +365,12 @@ class Search(Model):
     folds: int = setting(4, "-", "heldout: parts the maps are split into, each left out once", ge=2)
     order: Literal["free", "strict"] = setting(
         "free", "-", "free: from all that is known; strict: timing cannot change the atlas")
+    trial_timeout: Annotated[float, Field(gt=0)] | None = setting(
+        None, "s", "a trial that takes longer is given up, a failed row; times the trials of a batch",
+        examples=["600"])
+    budget_hours: Annotated[float, Field(gt=0)] | None = setting(
+        None, "device hours", "no trial starts once the trials have taken so many, all together",
+        examples=["100"])
     in_flight: int = setting(2, "batches", "batches of one cell that run at once, at most", ge=1)
     batch: Annotated[Annotated[int, Field(ge=1), _NUMBER] | Annotated[Literal["auto"], _WORD], _BY_SHAPE] = setting(
         "auto", "trials", "trials of a cell solved at once on a device; auto: what fills a GPU, else 1")

@@ -134,6 +134,37 @@ def workers_that_cannot_import_their_evaluation_are_no_workers(make: Maker, fold
         assert all(event.results is None and "missing" in event.lost for event in events) and len(events) == 2
 
 
+def a_worker_stuck_in_a_trial_is_given_up(make: Maker, folder: Path) -> None:
+    with make("stuck") as crew:
+        crew.start(folder)
+        until(crew, lambda: len(crew.idle()) == 2)
+        worker = crew.idle()[0]
+        crew.submit(worker, message(1, folder))  # lasts a minute
+        started = time.monotonic()
+        crew.kill(worker)
+        events: list[Event] = []
+        while not events:
+            events = crew.poll(0.05)
+        assert [(event.worker, event.results) for event in events] == [(worker, None)] and events[0].lost
+        found = answers(crew, [message(0, folder)])
+        assert found[0].results is not None
+        assert time.monotonic() - started < 20
+
+
+def a_rank_given_up_comes_back_with_its_answer(make: Maker, folder: Path) -> None:
+    """Of MPI workers only: a local worker is replaced."""
+    with make("slow") as crew:
+        crew.start(folder)
+        until(crew, lambda: len(crew.idle()) == 2)
+        worker = crew.idle()[0]
+        crew.submit(worker, message(0, folder))
+        crew.kill(worker)
+        assert worker not in crew.names()
+        events = until(crew, lambda: worker in crew.idle())
+        assert [event.results for event in events] == [None] and worker in crew.names()
+        assert set(answers(crew, [message(trial, folder) for trial in (1, 2)])) == {1, 2}
+
+
 def a_rank_that_falls_silent_is_lost(make: Maker, folder: Path) -> None:
     """Of MPI workers only: a local worker's end is known at once, and one that is stopped may go on."""
     mpi.SILENCE = 1.0
@@ -153,10 +184,12 @@ CHECKS = {check.__name__: check for check in (
     waiting_costs_no_processor_time,
     long_messages_arrive_whole,
     workers_that_cannot_import_their_evaluation_are_no_workers,
+    a_worker_stuck_in_a_trial_is_given_up,
 )}
 
 
-MPI_CHECKS = {**CHECKS, "a_rank_that_falls_silent_is_lost": a_rank_that_falls_silent_is_lost}
+MPI_CHECKS = {**CHECKS, **{check.__name__: check for check in (
+    a_rank_that_falls_silent_is_lost, a_rank_given_up_comes_back_with_its_answer)}}
 
 
 def local(evaluate: str) -> LocalWorkers:

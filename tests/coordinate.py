@@ -66,7 +66,7 @@ def main() -> int:
     with MpiWorkers(evaluate) if size > 1 else LocalWorkers(asked.workers, evaluate) as crew:
         try:
             summary = run(chosen, grid.cells(chosen), crew, RunFolder(asked.folder), Lines(),
-                          lambda: len(signals), grace=asked.grace)
+                          lambda: len(signals), grace=lambda: asked.grace)
         except RunError as error:
             print(error, file=sys.stderr)
             return 2

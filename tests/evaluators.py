@@ -132,6 +132,13 @@ def frozen(message: Message) -> dict[str, Any]:
 
 
 @each
+def timed(message: Message) -> dict[str, Any]:
+    """The landscape after 0.3 s, which it admits."""
+    time.sleep(0.3)
+    return {**_landscape(message), "seconds": 0.3}
+
+
+@each
 def slow_or_quick(message: Message) -> dict[str, Any]:
     """Odd trials are slow."""
     return _slow(message) if message["trial"] % 2 else _landscape(message)
