@@ -49,6 +49,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--evaluate", default="landscape")
     parser.add_argument("--trials", type=int, default=6)
+    parser.add_argument("--initial", type=int, default=3)
     parser.add_argument("--order", default="free")
     parser.add_argument("--save", default="best")
     parser.add_argument("--workers", type=int, default=2)
@@ -62,7 +63,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
     evaluate = f"tests.evaluators:{asked.evaluate}"
-    chosen = sweep(asked.trials, asked.order, asked.save)
+    chosen = sweep(asked.trials, asked.order, asked.save, initial=asked.initial)
     with MpiWorkers(evaluate) if size > 1 else LocalWorkers(asked.workers, evaluate) as crew:
         try:
             summary = run(chosen, grid.cells(chosen), crew, RunFolder(asked.folder), Lines(),

@@ -197,6 +197,61 @@ def test_ten_kills_of_the_coordinator_lose_nothing_and_change_nothing(order, ran
         assert figures(folder) == figures(tmp_path / "calm")
 
 
+def children(pid):
+    """The processes that a process has started."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as listing:
+            return [int(child) for child in listing.read().split()]
+    except OSError:
+        return []
+
+
+def killed(pid):
+    """SIGKILL to a process that may have ended; whether it had not."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="children are found under /proc")
+def test_a_hundred_kills_of_anything_lose_nothing_and_change_nothing(tmp_path):
+    """Workers, the coordinator and both together are killed at random moments of a sweep of 202 trials."""
+    folder, chosen, chance = tmp_path / "killed", sweep(50, "strict", initial=20), random.Random(1)
+    options = ("--order", "strict", "--trials", 50, "--initial", 20, "--evaluate", "paced")
+    kills, process = Counter(), None
+    while kills.total() < 100:
+        if process is None or process.poll() is not None:
+            assert process is None or process.returncode in (-signal.SIGKILL, 2)  # 2: no worker was left
+            starts = len(events(folder, "start")) if folder.exists() else 0
+            process = spawn(folder, *options)
+            while process.poll() is None and not (folder / "journal.jsonl").exists():
+                time.sleep(0.01)
+            while process.poll() is None and len(events(folder, "start")) == starts:
+                time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.2))
+        losses = Counter(place(event) for event in events(folder, "lost") if event["worker"])
+        if any(losses[trial] > 1 for trial in at_work(folder)):
+            continue  # a third worker's death would make it a failed row
+        victim, workers = chance.choice(["worker", "worker", "worker", "coordinator", "job"]), children(process.pid)
+        doomed = workers[:1] if victim == "worker" else [process.pid, *workers] if victim == "job" else [process.pid]
+        kills[victim] += any([killed(pid) for pid in doomed])
+        if victim != "worker":
+            process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
+    while not out.endswith("finished\n"):
+        with spawn(folder, *options) as process:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode in (0, 2), err
+    rows = Counter(map(place, events(folder, "result")))
+    assert rows.total() == len(rows) == 202 and min(kills.values()) > 5
+    assert all(event["status"] == "ok" for event in events(folder, "result"))
+    assert_whole(folder, chosen)
+    coordinate(tmp_path / "calm", chosen)
+    assert figures(folder) == figures(tmp_path / "calm")
+
+
 @pytest.mark.parametrize("ranks", [0, pytest.param(3, marks=needs_mpi)])
 def test_sigterm_lets_the_running_trials_end_and_the_next_run_continues(ranks, tmp_path):
     with spawn(tmp_path / "r", "--evaluate", "slow", ranks=ranks) as process:
