@@ -224,11 +224,12 @@ def test_a_hundred_kills_of_anything_lose_nothing_and_change_nothing(tmp_path):
     while kills.total() < 100:
         if process is None or process.poll() is not None:
             assert process is None or process.returncode in (-signal.SIGKILL, 2)  # 2: no worker was left
-            starts = len(events(folder, "start")) if folder.exists() else 0
+            done = len(events(folder, "result")) if folder.exists() else 0
             process = spawn(folder, *options)
+            # A run that never got to a result would interrupt the same trials until they count as deadly.
             while process.poll() is None and not (folder / "journal.jsonl").exists():
                 time.sleep(0.01)
-            while process.poll() is None and len(events(folder, "start")) == starts:
+            while process.poll() is None and len(events(folder, "result")) == done:
                 time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.2))
         losses = Counter(place(event) for event in events(folder, "lost") if event["worker"])
