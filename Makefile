@@ -1,6 +1,7 @@
 # Each target sets up .venv by itself, once; after a change of pyproject.toml it is brought up to date.
 #   make run     the quickstart sweep: two workers over MPI, a few minutes, ends with a table and runs/quickstart/
 #   make test    all tests, the slow ones too (PYTEST="-m 'not slow'" leaves them out)
+#   make test-slurm  sweeps on a real Slurm of one node, which it installs (apt-get) and starts as root; three minutes
 #   make bench   all measurements on this machine's cores, about half an hour, into docs/BENCHMARKS.md
 #   make bench-gpu  the same for the kernels and solves on a GPU
 #   make lint    ruff and mypy
@@ -10,12 +11,17 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 PYTEST ?=
 
-.PHONY: run test bench bench-gpu lint clean
+.PHONY: run test test-slurm bench bench-gpu lint clean
 run: .venv/run.stamp
 	$(BIN)/mpiexec -n 3 $(BIN)/tomoatlas run configs/quickstart.yaml
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 $(PYTEST)
+
+# Where there can be no Slurm it says why, and fails only with REQUIRED=yes.
+test-slurm: .venv/dev.stamp
+	@if $(BIN)/python -m tests.slurmd; then $(BIN)/python -m pytest -m slurm tests/test_slurm.py; \
+		else test -z "$(REQUIRED)"; fi
 
 bench: .venv/bench.stamp
 	set -e; for bench in $(filter-out tests/bench_gpu.py,$(wildcard tests/bench_*.py)); do \

@@ -1,9 +1,10 @@
-"""The command `tomoatlas`: run, check, init, status, report. Heavy imports wait until they are needed."""
+"""The command `tomoatlas`: run, check, submit, init, status, report. Heavy imports wait until they are needed."""
 
 from __future__ import annotations
 
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,65 @@ def check(
         print(warning, file=sys.stderr)
     if refused:
         raise RunError("\n".join(refused))
+
+
+@app.command(short_help="Run a sweep as a job of a cluster.")
+@sentences
+def submit(
+    file: File,
+    site: Annotated[str, typer.Option("--site", metavar="NAME", help="An entry of slurm/sites.yaml.")] = "generic",
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, metavar="N", help="Nodes of the job.")] = None,
+    time: Annotated[
+        str | None, typer.Option("--time", metavar="HH:MM:SS", help="Time limit of the job, also D-HH:MM:SS.")
+    ] = None,
+    account: Annotated[str | None, typer.Option("--account", metavar="A", help="The project that pays.")] = None,
+    partition: Annotated[
+        str | None, typer.Option("--partition", metavar="P", help="Slurm's partition; the queue of LSF and PBS.")
+    ] = None,
+    out: Out = None,
+    changes: Set = None,
+    continues: Annotated[
+        str | None,
+        typer.Option(
+            "--continue",
+            metavar="HOW",
+            help="When the time limit comes before the last trial: requeue, chain (a job after this one) or no.",
+        ),
+    ] = None,
+    most: Annotated[int, typer.Option("--most", min=0, metavar="N", help="Continue so many times at most.")] = 20,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--option", metavar="TEXT", help="Another option of the scheduler, e.g. --option=--mem=8G."),
+    ] = None,
+    own: Annotated[Path | None, typer.Option("--sites", metavar="FILE", help="More sites, in the same form.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script; write and submit nothing.")] = False,
+) -> None:
+    """Run a sweep as a job of a cluster: checks it, writes the job script and hands it to the scheduler.
+
+    The job continues itself when its time limit comes; what has ended is never lost. Submitting a stopped sweep
+    again continues it.
+
+    Examples:
+
+    tomoatlas submit sweep.yaml --site perlmutter --account m1234 --nodes 4 --time 02:00:00
+
+    tomoatlas submit fig4_cocuo --site v100 --set data.size=128 --out /scratch/me/fig4 --dry-run
+    """
+    from launch import jobs
+    from sweeps import settings
+
+    sweep = settings.load(find(file), changes or [])
+    folder = (out or Path("runs") / sweep.name).resolve()
+    words = (str(Path(find(file)).resolve()), "--out", str(folder), *(f"--set={change}" for change in changes or []))
+    chosen, job = jobs.plan(sweep, words, folder, site, own, nodes=nodes, time=time, account=account,
+                            partition=partition, continues=continues, most=most, options=tuple(options or ()))
+    text = jobs.script(chosen, job)
+    if dry_run:
+        print(text, end="")
+        return
+    number = jobs.hand_over(folder, chosen, text)
+    print(f"job {number}: {job.nodes * jobs.workers(chosen, job)} workers on {job.nodes} nodes of {site}"
+          f"\nlook    tomoatlas status {shlex.quote(str(out or folder))}\noutput  {folder / 'jobs'}")
 
 
 @app.command(short_help="Write a commented YAML to start from.")

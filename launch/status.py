@@ -1,4 +1,4 @@
-"""How far a run folder is, from its journal alone: while the sweep runs, after a kill, on a login node."""
+"""How far a run folder is, from its files and squeue alone: while the sweep runs, after a kill, on a login node."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch import jobs
 from sweeps import grid, journal, tables
 from sweeps.atlas import RunFolder
 from sweeps.tables import Run, shown
@@ -20,7 +21,7 @@ def show(folder: Path, as_json: bool, watch: bool) -> None:
     while True:
         seen = look(folder)
         print(json.dumps(seen) if as_json else text(seen), flush=True)
-        if not watch or not seen["running"]:
+        if not watch or not (seen["running"] or seen["jobs"]):
             return
         time.sleep(EVERY)
         if not as_json:
@@ -30,14 +31,19 @@ def show(folder: Path, as_json: bool, watch: bool) -> None:
 def look(folder: Path) -> dict[str, Any]:
     """The state as plain data.
 
-    state: running, done, stopped (on request), or interrupted; seconds: since the last event.
+    state: running, done, stopped (on request), interrupted, or queued (nothing has run yet); seconds: since the last
+    event; jobs: those in the queue, as `jobs.queue` has them, None where Slurm does not answer.
     """
+    queue = jobs.queue(folder)
+    if not RunFolder(folder).lock.exists() and jobs.submitted(folder):
+        return _waiting(folder, queue)
     run = tables.read(folder)
     events, _ = journal.read(RunFolder(folder).journal)
     cells = {cell.id: _cell(run, cell) for cell in run.cells}
     total = sum(cell["trials"] for cell in cells.values())
     done = sum(cell["done"] for cell in cells.values())
-    running = locked(RunFolder(folder).journal)
+    # On a login node the lock of a compute node may not show, and Slurm knows.
+    running = locked(RunFolder(folder).journal) or any(job["state"] == "RUNNING" for job in queue or [])
     ended = bool(events) and events[-1]["event"] in ("stop", "end")
     state = (
         "running"
@@ -60,7 +66,16 @@ def look(folder: Path) -> dict[str, Any]:
         "seconds": round(time.time() - events[-1]["time"], 1) if events else None,
         "objective": run.sweep.search.objective,
         "cells": cells,
+        "jobs": queue,
     }
+
+
+def _waiting(folder: Path, queue: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """The state of a folder that only knows of jobs."""
+    running = any(job["state"] == "RUNNING" for job in queue or [])
+    return {"name": folder.resolve().name, "folder": str(folder), "state": "running" if running else "queued",
+            "running": running, "trials": 0, "done": 0, "failed": 0, "at_work": 0, "seconds": None,
+            "objective": "", "cells": {}, "jobs": queue}
 
 
 def _cell(run: Run, cell: grid.Cell) -> dict[str, Any]:
@@ -91,7 +106,9 @@ def locked(path: Path) -> bool:
 
 
 def text(seen: dict[str, Any]) -> str:
-    """The state in words, and a line for each cell."""
+    """The state in words, a line for each job in the queue, and one for each cell."""
+    if not seen["cells"]:
+        return "\n".join([f"{seen['name']}: no trial has begun", *_job_lines(seen)])
     head = (
         f"{seen['name']}: {seen['state']}, {seen['done']} of {seen['trials']} trials, {seen['failed']} failed"
     )
@@ -99,11 +116,29 @@ def text(seen: dict[str, Any]) -> str:
         head += f", {seen['at_work']} at work"
     if seen["seconds"] is not None:
         head += f"; last event {tables.duration(seen['seconds'])} ago"
-    if seen["state"] in ("stopped", "interrupted"):
+    if seen["state"] in ("stopped", "interrupted") and not seen["jobs"]:
         head += "; run again to continue"
     rows = [["cell", seen["objective"], "trials", "failed"]]
     rows += [
         [name, shown(cell["best"]), f"{cell['done']}/{cell['trials']}", str(cell["failed"])]
         for name, cell in seen["cells"].items()
     ]
-    return head + "\n" + tables.aligned(rows)
+    return "\n".join([head, *_job_lines(seen), tables.aligned(rows)])
+
+
+def _job_lines(seen: dict[str, Any]) -> list[str]:
+    """A line about each job: its state, and how long it may run or when it may start."""
+    last = jobs.submitted(Path(seen["folder"]))[-1:]
+    if not last:
+        return []
+    if seen["jobs"] is None:
+        return [f"job {last[0][1]}: there is no squeue here that knows of it"]
+    if not seen["jobs"] and seen["state"] != "done":
+        return [f"job {last[0][1]}: is not in the queue; its output lies in {RunFolder(seen['folder']).jobs}"]
+    lines = []
+    for job in seen["jobs"]:
+        words = [f"{tables.duration(job['left'])} of walltime left" if job["left"] is not None else "",
+                 f"Slurm expects it to start at {job['starts']}" if job["starts"] else "",
+                 f"it waits for {job['reason']}" if job["reason"] else ""]
+        lines.append(f"job {job['id']}: " + ", ".join([job["state"].lower(), *filter(None, words)]))
+    return lines

@@ -87,6 +87,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.best = self.path / "best"
         self.logs = self.path / "logs"
+        self.jobs = self.path / "jobs"  # scripts and logs of a cluster's jobs
         self.report = self.path / "report"
         self.stages = self.path / "stages"
         self.volumes = self.path / "volumes"
@@ -98,10 +99,7 @@ class RunFolder:
         Raises RunError, and has changed nothing then, if the folder holds other things or the results of
         other settings, or if another coordinator is at work in it.
         """
-        strangers = set(self.path.iterdir()) - set(vars(self).values()) if self.path.is_dir() else ()
-        if strangers and not self.journal.exists():
-            raise RunError(f"{self.path}: is no run folder and not empty; choose another --out")
-        self._agree(sweep)
+        self.agree(sweep)
         try:
             for folder in (self.path, self.best, self.logs, self.stages, self.volumes):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +107,7 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from error
         with contextlib.closing(journal):
-            self._agree(sweep)  # nobody else can change it now
+            self.agree(sweep)  # nobody else can change it now
             with _sentence(self.path):
                 self._describe(sweep)
             yield journal
@@ -122,7 +120,11 @@ class RunFolder:
             raise RunError(f"{self.lock}: does not tell the settings of this run ({error}): it is damaged or "
                            "of another version; choose another --out") from error
 
-    def _agree(self, sweep: Sweep) -> None:
+    def agree(self, sweep: Sweep) -> None:
+        """RunError if the folder holds other things than a run, or the results of other settings."""
+        strangers = set(self.path.iterdir()) - set(vars(self).values()) if self.path.is_dir() else ()
+        if strangers and not self.journal.exists():
+            raise RunError(f"{self.path}: is no run folder and not empty; choose another --out")
         if not self.lock.exists():
             return
         difference = grid.space_difference(self.settings(), sweep)

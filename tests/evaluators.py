@@ -93,6 +93,13 @@ slow = each(_slow)
 
 
 @each
+def unhurried(message: Message) -> dict[str, Any]:
+    """The landscape after two seconds, without work for a processor."""
+    time.sleep(2)
+    return _landscape(message)
+
+
+@each
 def ill(message: Message) -> dict[str, Any]:
     """Trials 1 to 5 are ill in a way of their own; all print to where results go."""
     trial, attempt = message["trial"], message["attempt"]

@@ -20,7 +20,7 @@ from sweeps.yamlio import SettingsError
 from tests.test_settings import BAD, Broken
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("run", "check", "init", "status", "report")
+COMMANDS = ("run", "check", "submit", "init", "status", "report")
 SMALL = """\
 name: small
 data: {phantom: cocuo, size: 16}

@@ -1,0 +1,185 @@
+"""Sweeps on a real Slurm of one node, which `make test-slurm` installs and starts. Only the trials are quick ones."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import slurm as scripts
+from sweeps.atlas import RunFolder
+from tests import slurmd
+from tests.slurmd import told, until
+from tests.test_cli import told as tomoatlas
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.skipif(bool(slurmd.missing()), reason=slurmd.missing())]
+ROOT = Path(__file__).resolve().parent.parent
+SWEEP = """\
+name: small
+data: {phantom: cocuo, size: 16}
+grid: {chem_tilts: [3, 5]}
+solver:
+  lambda_model: {low: 1e-3, high: 1e3, scale: log}
+  lambda_tv: {low: 1e-3, high: 1e1, scale: log}
+search: {trials: %d, initial: %d}
+"""
+PYTHON = """\
+#!/bin/sh
+# Stands for an environment's Python: `python -P -m launch.cli WORDS`, with an evaluation of the tests.
+shift 3
+exec %s -P -m tests.quick %s "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The environment of a Slurm that runs; daemons like short paths, and pytest's folders are private to it."""
+    here = Path(tempfile.mkdtemp(prefix="slurm-"))
+    here.chmod(0o755)
+    with slurmd.slurm(here / "private") as env:
+        yield env
+    shutil.rmtree(here)
+
+
+class Bench:
+    """One sweep on the cluster: `submit`, then look."""
+
+    def __init__(self, folder: Path, env: dict[str, str]) -> None:
+        self.folder, self.env, self.out = folder, env, folder / "out"
+        (folder / "local").mkdir()
+
+    def submit(self, trials, evaluation, *words, **site):
+        """Submit a sweep of two cells to 3 workers; the job's id."""
+        python = self.folder / "environment" / "bin" / "python"
+        python.parent.mkdir(parents=True, exist_ok=True)
+        python.write_text(PYTHON % (sys.executable, evaluation))
+        python.chmod(0o755)
+        fields = {"gpus_per_node": 3, "environment": str(python.parent.parent), "local": str(self.folder / "local"),
+                  "time": "00:05:00", **site}
+        (self.folder / "sites.yaml").write_text(json.dumps({"here": fields}))
+        (self.folder / "small.yaml").write_text(SWEEP % (trials, trials))
+        code, out, err = tomoatlas("submit", self.folder / "small.yaml", "--site", "here", "--out", self.out,
+                                   "--sites", self.folder / "sites.yaml", *words)
+        assert (code, err) == (0, ""), err
+        return out.split()[1].rstrip(":")
+
+    def seen(self):
+        """What `tomoatlas status --json` says."""
+        return json.loads(tomoatlas("status", self.out, "--json")[1])
+
+    def log(self):
+        """The output of all jobs, in the order of their ids."""
+        return "".join(path.read_text() for path in sorted(self.out.glob("jobs/*.log")))
+
+    def gone(self, seconds=60):
+        """Wait until no job of this sweep is left in the queue."""
+        until(lambda: self.seen()["jobs"] == [], seconds)
+
+    def events(self, kind):
+        """The journal's events of a kind."""
+        lines = (json.loads(line) for line in RunFolder(self.out).journal.read_text().splitlines())
+        return [event for event in lines if event["event"] == kind]
+
+    def once(self):
+        """All trials are done, each once."""
+        results = [(event["cell"], event["trial"]) for event in self.events("result")]
+        assert len(results) == len(set(results)) == self.seen()["trials"] == self.seen()["done"]
+        assert self.seen()["state"] == "done"
+
+
+@pytest.fixture
+def bench(cluster, tmp_path, monkeypatch):
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster[name])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield Bench(tmp_path, cluster)
+    told(cluster, "scancel", f"--user={os.getuid()}")
+    until(lambda: not told(cluster, "squeue", "--noheader"), 30)
+
+
+def test_submit_runs_a_sweep_on_three_ranks_and_status_follows_it(bench):
+    kept = bench.folder / "cache" / "tomoatlas" / "program"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("compiled")
+    number = bench.submit(10, "unhurried")
+    until(lambda: bench.seen()["done"] > 2, 60)
+    seen = bench.seen()
+    assert (seen["state"], seen["at_work"]) == ("running", 3)
+    assert seen["jobs"][0]["id"] == number and 0 < seen["jobs"][0]["left"] < 300
+    (local,) = (bench.folder / "local").iterdir()
+    assert (local / "environment" / "bin" / "python").exists(), "the environment was not brought to the node"
+    assert (local / "cache" / "tomoatlas" / "program").read_text() == "compiled"
+    (local / "cache" / "tomoatlas" / "fresh").write_text("compiled in this job")
+    bench.gone()
+    bench.once()
+    (start,) = bench.events("start")
+    assert start["workers"] == ["worker-1", "worker-2", "worker-3"]
+    assert {event["worker"] for event in bench.events("result")} == set(start["workers"])
+    assert "all trials are done" in bench.log()
+    assert kept.with_name("fresh").read_text() == "compiled in this job", "compiled programs did not come home"
+    assert not list((bench.folder / "local").iterdir()), "the node's disk was not cleaned"
+
+
+def test_before_the_time_limit_a_job_ends_its_trials_requeues_itself_and_continues(bench):
+    # Slurm looks every half minute, so the signal comes within a minute, and the trials last longer.
+    number, started = bench.submit(60, "unhurried", time="00:02:00", warning=55), time.monotonic()
+    until(lambda: "requeued" in bench.log(), 110)
+    assert "the time limit is near" in bench.log() and time.monotonic() - started < 110
+    done = bench.seen()["done"]
+    assert 0 < done < 120 and bench.seen()["state"] == "stopped"
+    assert len(bench.events("ask")) == len(bench.events("result")), "a running trial was thrown away"
+    until(lambda: "BeginTime" in told(bench.env, "squeue", "--noheader", "--format=%r"), 20)
+    assert bench.seen()["jobs"][0]["starts"], "status does not tell when the job will start again"
+    told(bench.env, "scontrol", "update", f"jobid={number}", "StartTime=now")  # Slurm waits two minutes otherwise
+    until(lambda: "1 times continued" in bench.log(), 30)
+    bench.gone(100)
+    bench.once()
+    assert f"continuing: {done} of 120 trials are finished" in bench.log()
+
+
+def test_a_chain_of_jobs_stops_at_its_cap(bench):
+    first = bench.submit(40, "unhurried", "--continue", "chain", "--most", 1)
+
+    def strike(job, count):
+        until(lambda: bench.log().count("times continued, on") == count, 30)
+        until(lambda: bench.seen()["done"] > 3 * count and bench.seen()["at_work"], 30)
+        told(bench.env, "scancel", "--signal=USR1", "--batch", job)  # as Slurm itself does before the limit
+        until(lambda: bench.log().count("the sweep ended with status") == count, 30)
+
+    strike(first, 1)
+    strike(str(int(first) + 1), 2)
+    bench.gone()
+    assert f"continued by job {int(first) + 1}" in bench.log()
+    assert "not continued (1 of at most 1 times)" in bench.log()
+    assert bench.seen()["state"] == "stopped" and len(bench.events("start")) == 2
+
+
+def test_a_cancelled_job_is_not_continued_by_itself_and_goes_on_when_submitted_again(bench):
+    number = bench.submit(12, "unhurried")
+    until(lambda: bench.seen()["done"] > 2, 30)
+    told(bench.env, "scancel", number)
+    bench.gone()
+    done = bench.seen()["done"]
+    assert bench.seen()["state"] in ("stopped", "interrupted") and "requeued" not in bench.log()
+    again = bench.submit(12, "landscape")
+    assert again != number
+    bench.gone()
+    bench.once()
+    assert f"continuing: {done} of 24 trials are finished" in bench.log()
+
+
+@pytest.mark.parametrize("name", sorted(name for name, site in scripts.sites().items()
+                                        if site.template.endswith(".sbatch")))
+def test_slurm_would_take_the_script_of_every_site_on_nodes_of_its_shape(name, bench):
+    (bench.folder / "small.yaml").write_text(SWEEP % (3, 3))
+    script = bench.folder / "script"
+    script.write_text(tomoatlas("submit", bench.folder / "small.yaml", "--site", name, "--nodes", 2, "--account", "m1",
+                                "--partition", name, "--out", bench.out, "--dry-run")[1])
+    answer = subprocess.run(["sbatch", "--test-only", script], env=bench.env, capture_output=True, text=True).stderr
+    assert "to start at" in answer and f"in partition {name}" in answer, answer
