@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from launch import logs
 from sweeps.journal import plain
 
 Evaluate = Callable[[dict[str, Any]], list[dict[str, Any]]]
@@ -45,6 +46,7 @@ def _results(evaluate: Evaluate, message: dict[str, Any]) -> list[dict[str, Any]
     evaluated alone. A full disk fails no trial, it is `fatal` to the run.
     """
     started, trials = time.perf_counter(), message["trials"]
+    logs.about(message)
     try:
         results = evaluate(message)
         if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
@@ -80,6 +82,7 @@ def serve(evaluate: str) -> None:
     # What the evaluation prints must not get among the results: file descriptor 1 becomes the log.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    logs.label()
 
     def listen() -> None:
         for line in sys.stdin:

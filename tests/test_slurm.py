@@ -121,7 +121,7 @@ def test_submit_runs_a_sweep_on_three_ranks_and_status_follows_it(bench):
     (start,) = bench.events("start")
     assert start["workers"] == ["worker-1", "worker-2", "worker-3"]
     assert {event["worker"] for event in bench.events("result")} == set(start["workers"])
-    assert "all trials are done" in bench.log()
+    assert "all trials are done" in bench.log() and f"runs {local}/environment/bin/python" in bench.log()
     assert kept.with_name("fresh").read_text() == "compiled in this job", "compiled programs did not come home"
     assert not list((bench.folder / "local").iterdir()), "the node's disk was not cleaned"
 
