@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,7 +85,19 @@ def install() -> None:
     if missing() and os.geteuid() == 0 and shutil.which("apt-get"):
         env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for words in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *PACKAGES]):
-            subprocess.run(["apt-get", *words], env=env, check=False, stdout=subprocess.DEVNULL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(["apt-get", *words], env=env, check=False, stdout=subprocess.DEVNULL, timeout=300)
+
+
+def broken() -> str:
+    """Why the daemons do not start here or run no job, in a sentence; "" where they do (containers may forbid it)."""
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        Path(folder).chmod(0o755)
+        try:
+            with slurm(Path(folder) / "private") as env:
+                return "" if told(env, "srun", "--mpi=none", "echo", "here") == "here" else "srun runs nothing here"
+        except (OSError, subprocess.SubprocessError, TimeoutError) as error:
+            return f"Slurm's daemons do not start here: {error}"
 
 
 def free_port() -> int:
@@ -163,6 +176,6 @@ def until(met, seconds: float):
 
 if __name__ == "__main__":
     install()
-    reason = missing()
+    reason = missing() or broken()
     print(f"SKIP: {reason}" if reason else "Slurm is installed")
     sys.exit(3 if reason else 0)
