@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from launch import session
+from launch import session, status
 from sweeps import grid
 from sweeps.coordinator import GRACE
 from sweeps.journal import RunError
@@ -48,6 +48,9 @@ def test_a_budget_ends_the_sweep_and_a_larger_one_continues_it(tmp_path):
     again = coordinate(tmp_path / "r", one(20, budget_hours=0.9 * hours), "timed")
     assert again.done == summary.done
     assert coordinate(tmp_path / "r", one(20, budget_hours=1.0), "timed").stopped is None
+    seen = status.look(tmp_path / "r")
+    assert seen["device_hours"] == pytest.approx(20 * 0.3 / 3600, abs=1e-4) and seen["budget_hours"] == 1
+    assert "of 1 device hours spent" in status.text(seen)
 
 
 def test_a_trial_that_takes_too_long_is_a_failed_row(tmp_path):
