@@ -1,4 +1,4 @@
-"""A real Slurm of one node in a folder of its own, for tests: 8 cores and 4 GPUs that are not there.
+"""A real Slurm in a folder of its own, for tests: a node with 8 cores and 4 GPUs that are not there, and a second one.
 
 `python -m tests.slurmd` says in a sentence what is missing, and installs it where root has apt-get.
 """
@@ -23,18 +23,18 @@ CONF = """\
 ClusterName=tomoatlas
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
-SlurmdPort={slurmd_port}
+SlurmdPort={first}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={here}/munge/sock
 CryptoType=crypto/munge
 StateSaveLocation={here}/state
-SlurmdSpoolDir={here}/spool
+SlurmdSpoolDir={here}/spool.%n
 SlurmctldPidFile={here}/slurmctld.pid
-SlurmdPidFile={here}/slurmd.pid
+SlurmdPidFile={here}/slurmd.%n.pid
 SlurmctldLogFile={here}/slurmctld.log
-SlurmdLogFile={here}/slurmd.log
+SlurmdLogFile={here}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -52,16 +52,20 @@ OverTimeLimit=0
 JobRequeue=1
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName={host} NodeAddr=127.0.0.1 CPUs=8 Sockets=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=8000 \
-Gres=gpu:4 State=UNKNOWN
-PartitionName=batch Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
-# Nodes shaped as those of the shipped sites, which nobody starts: sbatch --test-only needs no more.
+NodeName=first Port={first} NodeHostname={host} NodeAddr=127.0.0.1 CPUs=8 Sockets=1 CoresPerSocket=8 \
+ThreadsPerCore=1 RealMemory=8000 Gres=gpu:4 State=UNKNOWN
+NodeName=second Port={second} NodeHostname={host} NodeAddr=127.0.0.1 CPUs=8 Sockets=1 CoresPerSocket=8 \
+ThreadsPerCore=1 RealMemory=8000 Gres=gpu:4 State=UNKNOWN
+PartitionName=batch Nodes=first Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PartitionName=pair Nodes=first,second MaxTime=INFINITE State=UP OverSubscribe=NO
+# Nodes shaped as those of the shipped sites, for sbatch --test-only. Nobody starts them; on this port the first node's
+# daemon answers, so that Slurm does not take them for dead.
 NodeName=generic[1-2] NodeAddr=127.0.0.2 CPUs=32 State=UNKNOWN
-NodeName=perlmutter[1-2] NodeAddr=127.0.0.2 Sockets=1 CoresPerSocket=64 ThreadsPerCore=2 Gres=gpu:4 Feature=gpu \
-State=UNKNOWN
-NodeName=frontier[1-2] NodeAddr=127.0.0.2 Sockets=1 CoresPerSocket=64 ThreadsPerCore=1 CoreSpecCount=8 Gres=gpu:8 \
-Feature=nvme State=UNKNOWN
-NodeName=volta[1-2] NodeAddr=127.0.0.2 Sockets=2 CoresPerSocket=20 ThreadsPerCore=1 Gres=gpu:4 State=UNKNOWN
+NodeName=perlmutter[1-2] NodeAddr=127.0.0.2 CPUs=128 Sockets=1 CoresPerSocket=64 ThreadsPerCore=2 Gres=gpu:4 \
+Feature=gpu State=UNKNOWN
+NodeName=frontier[1-2] NodeAddr=127.0.0.2 CPUs=64 Sockets=1 CoresPerSocket=64 ThreadsPerCore=1 CoreSpecCount=8 \
+Gres=gpu:8 Feature=nvme State=UNKNOWN
+NodeName=volta[1-2] NodeAddr=127.0.0.2 CPUs=40 Sockets=2 CoresPerSocket=20 ThreadsPerCore=1 Gres=gpu:4 State=UNKNOWN
 PartitionName=generic Nodes=generic[1-2] State=UP
 PartitionName=perlmutter Nodes=perlmutter[1-2] State=UP
 PartitionName=frontier Nodes=frontier[1-2] State=UP
@@ -111,7 +115,7 @@ def free_port() -> int:
 def configure(here: Path) -> Path:
     """Write keys, devices and configuration below `here`; the path of slurm.conf."""
     host = socket.gethostname().partition(".")[0]
-    for name in ("munge", "state", "spool"):
+    for name in ("munge", "state", "spool.first", "spool.second"):
         (here / name).mkdir(parents=True)
     (here / "munge").chmod(0o711)
     key = here / "munge" / "key"
@@ -120,8 +124,8 @@ def configure(here: Path) -> Path:
     for number in range(4):
         os.mknod(here / f"gpu{number}", 0o020666, os.makedev(1, 3))
     conf = here / "slurm.conf"
-    conf.write_text(CONF.format(host=host, here=here, port=free_port(), slurmd_port=free_port()))
-    (here / "gres.conf").write_text(f"NodeName={host} Name=gpu File={here}/gpu[0-3]\n")
+    conf.write_text(CONF.format(host=host, here=here, port=free_port(), first=free_port(), second=free_port()))
+    (here / "gres.conf").write_text(f"NodeName=first,second Name=gpu File={here}/gpu[0-3]\n")
     (here / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
     return conf
 
@@ -134,17 +138,17 @@ def slurm(here: Path) -> Iterator[dict[str, str]]:
     munge = here / "munge"
     munged = ["munged", "--force", f"--key-file={munge}/key", f"--socket={munge}/sock", f"--pid-file={munge}/pid",
               f"--log-file={munge}/log", f"--seed-file={munge}/seed"]
-    host = socket.gethostname().partition(".")[0]
+    nodes = [["slurmd", "-f", str(conf), "-N", name] for name in ("first", "second")]
     try:
-        for words in (munged, ["slurmctld", "-c", "-f", str(conf)], ["slurmd", "-f", str(conf), "-N", host]):
+        for words in (munged, ["slurmctld", "-c", "-f", str(conf)], *nodes):
             subprocess.run(words, env=env, check=True, capture_output=True, timeout=30)
-        until(lambda: "idle" in told(env, "sinfo", "--noheader", "--format=%t"), 30)
+        until(lambda: set(told(env, "sinfo", "--noheader", "--format=%t").split()) == {"idle"}, 60)
         yield env
     finally:
         subprocess.run(["scancel", f"--user={os.getuid()}"], env=env, check=False, capture_output=True, timeout=30)
         with contextlib.suppress(TimeoutError):
             until(lambda: not told(env, "squeue", "--noheader"), 20)
-        for pid in (here / "slurmd.pid", here / "slurmctld.pid", munge / "pid"):
+        for pid in (*here.glob("slurmd.*.pid"), here / "slurmctld.pid", munge / "pid"):
             stop(pid)
 
 

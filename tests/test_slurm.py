@@ -34,6 +34,11 @@ PYTHON = """\
 shift 3
 exec %s -P -m tests.quick %s "$@"
 """
+# A task that says where it is. Not a sweep: on two nodes that are one machine MPICH finds no way from one to the other.
+RANK = """\
+#!/bin/sh
+echo "rank $SLURM_PROCID of $SLURM_NTASKS on $SLURMD_NODENAME, GPUs $CUDA_VISIBLE_DEVICES"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +62,7 @@ class Bench:
         """Submit a sweep of two cells to 3 workers; the job's id."""
         python = self.folder / "environment" / "bin" / "python"
         python.parent.mkdir(parents=True, exist_ok=True)
-        python.write_text(PYTHON % (sys.executable, evaluation))
+        python.write_text(evaluation if evaluation == RANK else PYTHON % (sys.executable, evaluation))
         python.chmod(0o755)
         fields = {"gpus_per_node": 3, "environment": str(python.parent.parent), "local": str(self.folder / "local"),
                   "time": "00:05:00", **site}
@@ -101,6 +106,17 @@ def bench(cluster, tmp_path, monkeypatch):
     yield Bench(tmp_path, cluster)
     told(cluster, "scancel", f"--user={os.getuid()}")
     until(lambda: not told(cluster, "squeue", "--noheader"), 30)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, site in scripts.sites().items()
+                                        if site.template.endswith(".sbatch")))
+def test_slurm_would_take_the_script_of_every_site_on_nodes_of_its_shape(name, bench):
+    (bench.folder / "small.yaml").write_text(SWEEP % (3, 3))
+    script = bench.folder / "script"
+    script.write_text(tomoatlas("submit", bench.folder / "small.yaml", "--site", name, "--nodes", 2, "--account", "m1",
+                                "--partition", name, "--out", bench.out, "--dry-run")[1])
+    answer = subprocess.run(["sbatch", "--test-only", script], env=bench.env, capture_output=True, text=True).stderr
+    assert "to start at" in answer and f"in partition {name}" in answer, answer
 
 
 def test_submit_runs_a_sweep_on_three_ranks_and_status_follows_it(bench):
@@ -174,12 +190,10 @@ def test_a_cancelled_job_is_not_continued_by_itself_and_goes_on_when_submitted_a
     assert f"continuing: {done} of 24 trials are finished" in bench.log()
 
 
-@pytest.mark.parametrize("name", sorted(name for name, site in scripts.sites().items()
-                                        if site.template.endswith(".sbatch")))
-def test_slurm_would_take_the_script_of_every_site_on_nodes_of_its_shape(name, bench):
-    (bench.folder / "small.yaml").write_text(SWEEP % (3, 3))
-    script = bench.folder / "script"
-    script.write_text(tomoatlas("submit", bench.folder / "small.yaml", "--site", name, "--nodes", 2, "--account", "m1",
-                                "--partition", name, "--out", bench.out, "--dry-run")[1])
-    answer = subprocess.run(["sbatch", "--test-only", script], env=bench.env, capture_output=True, text=True).stderr
-    assert "to start at" in answer and f"in partition {name}" in answer, answer
+def test_two_nodes_have_the_same_workers_and_the_first_one_the_coordinator_too(bench):
+    # Both nodes are this machine, with one disk: nothing is copied to it, and the job goes on without.
+    bench.submit(3, RANK, "--nodes", 2, "--partition", "pair", local="/proc/nowhere")
+    bench.gone()
+    ranks = sorted(line for line in bench.log().splitlines() if line.startswith("rank "))
+    assert ranks == [f"rank {rank} of 7 on {('first', 'second')[rank % 2]}, GPUs 0,1,2" for rank in range(7)]
+    assert "nothing could be copied to /proc/nowhere" in bench.log() and "Warning" not in bench.log()
