@@ -152,8 +152,13 @@ def test_before_the_time_limit_a_job_ends_its_trials_requeues_itself_and_continu
     assert len(bench.events("ask")) == len(bench.events("result")), "a running trial was thrown away"
     until(lambda: "BeginTime" in told(bench.env, "squeue", "--noheader", "--format=%r"), 20)
     assert bench.seen()["jobs"][0]["starts"], "status does not tell when the job will start again"
-    told(bench.env, "scontrol", "update", f"jobid={number}", "StartTime=now")  # Slurm waits two minutes otherwise
-    until(lambda: "1 times continued" in bench.log(), 30)
+
+    def again():
+        told(bench.env, "scontrol", "update", f"jobid={number}", "StartTime=now")  # Slurm waits two minutes otherwise
+        time.sleep(1)
+        return "1 times continued" in bench.log()
+
+    until(again, 60)
     bench.gone(100)
     bench.once()
     assert f"continuing: {done} of 120 trials are finished" in bench.log()
