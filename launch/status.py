@@ -92,7 +92,7 @@ def _cell(run: Run, cell: grid.Cell) -> dict[str, Any]:
         "trials": max(grid.trials(cell), len(history.rows)),
         "done": len(rows),
         "failed": sum(row["status"] != "ok" for row in rows),
-        "at_work": len(history.running()),
+        "at_work": len(history.running),
         "best": None if best is None else best["objective"],
         "params": {} if best is None else best["params"],
     }

@@ -24,7 +24,7 @@ from zarr.errors import ZarrUserWarning
 from sweeps import arrays, grid, settings
 from sweeps.arrays import Variables
 from sweeps.grid import Cell
-from sweeps.journal import SAFE, History, Journal, Row, RunError, plain
+from sweeps.journal import SAFE, Clock, History, Journal, Row, RunError, plain
 from sweeps.settings import SettingsError, Sweep
 
 PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "scikit-learn", "scikit-optimize", "xarray", "zarr")
@@ -93,7 +93,7 @@ class RunFolder:
         self.volumes = self.path / "volumes"
 
     @contextlib.contextmanager
-    def open(self, sweep: Sweep) -> Iterator[Journal]:
+    def open(self, sweep: Sweep, clock: Clock = time) -> Iterator[Journal]:
         """Make the folder, or check that `sweep` continues what is there; yield its locked journal.
 
         Raises RunError, and has changed nothing then, if the folder holds other things or the results of
@@ -103,7 +103,7 @@ class RunFolder:
         try:
             for folder in (self.path, self.best, self.logs, self.stages, self.volumes):
                 folder.mkdir(parents=True, exist_ok=True)
-            journal = Journal(self.journal)
+            journal = Journal(self.journal, clock)
         except OSError as error:
             raise RunError(f"{self.path}: cannot be made ({error.strerror}); choose another --out") from error
         with contextlib.closing(journal):

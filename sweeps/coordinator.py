@@ -13,6 +13,8 @@ The trials of a message are of one cell and one fidelity, so that a solver can t
 from __future__ import annotations
 
 import difflib
+import functools
+import json
 import os
 import socket
 import time
@@ -21,10 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sweeps.advice import Advisers, Inline, news
 from sweeps.atlas import Atlas, RunFolder, commit, resolved, version
 from sweeps.crew import Event, Workers
+from sweeps.dispatch import Dispatch
 from sweeps.grid import Cell
-from sweeps.journal import SAFE, History, Journal, RunError
+from sweeps.journal import SAFE, Clock, History, Journal, RunError
 from sweeps.limits import Ledger
 from sweeps.search import CellSearch, searches
 from sweeps.settings import Sweep, dump
@@ -32,6 +36,8 @@ from sweeps.settings import Sweep, dump
 LOSSES = 3  # workers that may die over one trial before it becomes a failed row
 INTERRUPTIONS = 20  # ends of the whole run during one trial: MPICH ends a job when one of its workers dies
 GRACE = 20.0  # [s] for running trials after the first signal; Slurm kills 30 s after SIGTERM
+POLL = 0.1  # [s] that the coordinator waits for reports, at most
+SOON = 0.005  # [s] the same, while workers wait for proposals
 EMPTY: dict[str, Any] = {"status": "", "objective": None, "metrics": {}, "elements": {}, "checkpoints": [],
                          "iterations": 0, "seconds": 0.0, "batch": 1, "worker": "", "volume": None}
 
@@ -78,36 +84,55 @@ class _Run:
     """One run of the coordinator: who works on what, and the way of every event into the journal."""
 
     def __init__(self, cells: Sequence[Cell], workers: Workers, folder: RunFolder, journal: Journal,
-                 observer: Observer, batches: Mapping[str, int], ledger: Ledger) -> None:
+                 observer: Observer, batches: Mapping[str, int], ledger: Ledger, advisers: Advisers,
+                 clock: Clock) -> None:
         self.workers, self.folder, self.journal, self.observer = workers, folder, journal, observer
+        self.advisers, self.clock, self.ledger = advisers, clock, ledger
         self.history = History(journal.events)
         self.searches = searches(cells, self.history, batches)
-        self.ledger = ledger
         for cell in cells:
             for row in self.history.cell(cell.id).rows.values():
                 if row.result is not None:
                     ledger.add(cell, row.result)
-        self.limit: str | None = None  # why trials that are ready are not started
+        self.dispatching = Dispatch(self.searches, advisers, lambda: len(journal.events) + len(self.unwritten),
+                                    lambda search: ledger.refusal(search.cell), self.ask)
+        self.unwritten: list[dict[str, Any]] = []  # events that count already, but are not on the disk yet
+        self.untold: list[Callable[[], None]] = []  # what the observer hears once it is on the disk
         self.jobs: dict[str, list[dict[str, Any]]] = {}  # asks by worker
         self.since: dict[str, float] = {}  # when each worker got them
         self.expired: set[str] = set()  # workers given up in the middle of a trial
-        self.home: dict[str, str] = {}  # the cell a worker had last: its data are still there
         self.changed: set[str] = set()  # cells the atlas has not seen yet
-        self.last_loss = ""
+        self.messages: dict[tuple[str, float], str] = {}  # settings of a trial but for its params, JSON
+        self.last_loss, self.told, self.looked = "", False, 0.0  # told: whether the advisers hear what happens
+        self.limited = any(search.search.trial_timeout is not None for search in self.searches.values())
+        self.done = sum(len(search.history.finished) for search in self.searches.values())
 
     @property
     def total(self) -> int:
         return sum(max(search.planned, len(search.history.rows)) for search in self.searches.values())
 
     @property
-    def done(self) -> int:
-        return sum(len(search.history.finished) for search in self.searches.values())
+    def limit(self) -> str | None:
+        """Why trials that are ready are not started."""
+        return self.dispatching.limit
 
-    def record(self, event: dict[str, Any]) -> dict[str, Any]:
-        """Write an event down, then let it count."""
-        written = self.journal.append(event)
-        self.history.apply(written)
-        return written
+    def note(self, event: dict[str, Any]) -> dict[str, Any]:
+        """Let an event count; `flush` writes it down, before anybody outside hears of it."""
+        noted = self.journal.stamped(event)
+        self.unwritten.append(noted)
+        self.history.apply(noted)
+        if self.told and (told := news(noted)):
+            self.advisers.tell(told)
+        return noted
+
+    def flush(self) -> None:
+        """Write down what was noted, all at once: each time costs the disk milliseconds."""
+        if self.unwritten:
+            self.journal.append(*self.unwritten)
+            self.unwritten.clear()
+        for tell in self.untold:
+            tell()
+        self.untold.clear()
 
     def interrupted(self) -> None:
         """Note what the end of an earlier run has cost, unless it was told to stop."""
@@ -121,46 +146,72 @@ class _Run:
         if name not in self.searches:
             near = difflib.get_close_matches(name, self.searches, n=1) or list(self.searches)[:1]
             raise RunError(f"{self.folder.path}: there is no cell {name}; did you mean {near[0]}?")
-        self.record({"event": "again", "cell": name})
+        self.note({"event": "again", "cell": name})
+        self.dispatching.queue(self.searches[name])
+        self.done = sum(len(search.history.finished) for search in self.searches.values())
 
     def dispatch(self) -> None:
-        """Give idle workers trials, if there are any: of the cell each had last, else where fewest work.
-
-        Cells that share take turns: the first trials of all tell more than all trials of the first.
-        """
+        """Give idle workers cells, and trials to those whose trials are at hand."""
+        for advice in self.advisers.poll():
+            self.dispatching.advised(advice)
         for worker in self.workers.idle():
-            ready = [search for search in self.searches.values() if search.ready()]
-            refusals = {search.cell.id: self.ledger.refusal(search.cell) for search in ready}
-            self.limit = next((why for why in refusals.values() if why), None)
-            ready = [search for search in ready if refusals[search.cell.id] is None]
-            if not ready:
-                return
-            self.limit = None
-            home = self.home.get(worker)
-            self.submit(worker, min(ready, key=lambda search: (
-                search.turn(), search.cell.id != home, len(search.at_work), len(search.history.rows))))
-
-    def submit(self, worker: str, search: CellSearch) -> None:
-        """Ask for a batch of trials, write that down, and hand them to a worker."""
-        cell, asks = search.cell, list[dict[str, Any]]()
-        while len(asks) < search.batch and search.ready() and (not asks or search.joins(asks[0])):
-            trial = search.next()
-            if trial is None:
+            if worker not in self.dispatching.placed and not self.dispatching.place(worker):
                 break
-            attempt = self.history.next_attempt(cell.id, trial["trial"])
-            asks.append(self.record({"event": "ask", "cell": cell.id, "attempt": attempt, **trial}))
-            search.at_work.add(trial["trial"])
-            if not search.may_share(trial["trial"]):
-                break
-        if asks:
-            self.jobs[worker], self.home[worker], self.since[worker] = asks, cell.id, time.monotonic()
-            self.workers.submit(worker, {"cell": cell.id, "folder": str(self.folder.path.resolve()), "trials": [
-                {key: ask[key] for key in ("trial", "attempt", "kind", "params")}
-                | {"settings": dump(resolved(cell, ask["params"], ask["fidelity"]))} for ask in asks]})
+        messages = []
+        for worker, asks in self.dispatching.served():
+            self.jobs[worker], self.since[worker] = asks, self.clock.monotonic()
+            messages.append((worker, self.message(asks)))
+        self.flush()
+        for worker, message in messages:
+            self.workers.submit(worker, message)
 
-    def expire(self) -> None:
+    def ask(self, search: CellSearch, trial: dict[str, Any]) -> dict[str, Any]:
+        """Note that a trial goes out."""
+        attempt = self.history.next_attempt(search.cell.id, trial["trial"])
+        return self.note({"event": "ask", "cell": search.cell.id, "attempt": attempt, **trial})
+
+    def message(self, asks: list[dict[str, Any]]) -> dict[str, Any]:
+        """What a worker is told."""
+        return {"cell": asks[0]["cell"], "folder": str(self.folder.path.resolve()), "trials": [
+            {key: ask[key] for key in ("trial", "attempt", "kind", "params")} | {"settings": self.settings(ask)}
+            for ask in asks]}
+
+    def settings(self, ask: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a trial. Those of a cell's searched trials are worked out once: that takes milliseconds."""
+        cell, params, fidelity = self.searches[ask["cell"]].cell, ask["params"], ask["fidelity"]
+        if ask["kind"] != "search":
+            return dump(resolved(cell, params, fidelity))
+        if (cell.id, fidelity) not in self.messages:
+            self.messages[cell.id, fidelity] = json.dumps(dump(resolved(cell, params, fidelity)))
+        settings: dict[str, Any] = json.loads(self.messages[cell.id, fidelity])
+        for name, value in params.items():
+            *rooms, last = name.split(".")
+            functools.reduce(dict.__getitem__, rooms, settings)[last] = value
+        return settings
+
+    def start(self) -> None:
+        """Bring up workers and advisers."""
+        self.workers.start(self.folder.path)
+        if any(search.cell.space for search in self.searches.values()):
+            self.advisers.start(self.history, self.folder.path)
+            self.told = True
+        self.note({"event": "start", "tomoatlas": version(), "commit": commit(), "host": socket.gethostname(),
+                   "pid": os.getpid(), "workers": self.workers.names()})
+        self.flush()
+
+    def listen(self) -> None:
+        """Wait for reports, and for workers that take too long; the wait is short while workers wait for advice."""
+        waiting = self.dispatching.placed and self.dispatching.requests
+        for event in self.workers.poll(SOON if waiting else POLL):
+            self.receive(event)
+        self.flush()
+        now = self.clock.monotonic()
+        if self.limited and now - self.looked > POLL:
+            self.looked = now
+            self.expire(now)
+
+    def expire(self, now: float) -> None:
         """Give up workers whose trials take longer than they may."""
-        now = time.monotonic()
         for worker, asks in self.jobs.items():
             allowed = self.searches[asks[0]["cell"]].cell.sweep.search.trial_timeout
             if allowed is not None and now - self.since[worker] > allowed * len(asks) and worker not in self.expired:
@@ -171,7 +222,7 @@ class _Run:
         """Take a worker's report into the journal."""
         if event.lost is not None:
             self.last_loss = event.lost
-            self.home.pop(event.worker, None)
+            self.dispatching.gone(event.worker)
         asks, late = self.jobs.pop(event.worker, []), event.worker in self.expired
         self.expired.discard(event.worker)
         for ask in asks:
@@ -187,25 +238,31 @@ class _Run:
             return
         for ask, result in zip(asks, event.results, strict=True):
             if "fatal" in result:
+                self.flush()
                 raise RunError(f"{result['fatal']}; {SAFE}")
             self.finish(ask, {**result, "worker": result.get("worker") or event.worker})
 
     def finish(self, ask: dict[str, Any], answer: dict[str, Any]) -> None:
         """Note a result."""
         place = {"event": "result", **{key: ask[key] for key in ("cell", "trial", "attempt")}}
-        result = self.record({**place, **EMPTY, **answer, **place})
+        result = self.note({**place, **EMPTY, **answer, **place})
         search = self.searches[ask["cell"]]
         best = search.history.winner(bool(search.cell.space))
         self.changed.add(ask["cell"])
+        self.done += 1
         self.ledger.add(search.cell, result)
-        self.observer.result(result, search.cell, best.objective if best else None)
+        self.dispatching.ended(search, result["seconds"] if result["status"] == "ok" else None)
+        self.untold.append(functools.partial(
+            self.observer.result, result, search.cell, best.objective if best else None))
 
     def lose(self, ask: dict[str, Any], worker: str, reason: str) -> None:
         """Note a lost trial; it goes out again, unless it was lost too often."""
         place = {key: ask[key] for key in ("cell", "trial", "attempt")}
-        self.record({"event": "lost", **place, "worker": worker, "reason": reason})
+        self.note({"event": "lost", **place, "worker": worker, "reason": reason})
         search = self.searches[ask["cell"]]
-        self.observer.lost(search.cell, ask["trial"], ask["attempt"], worker, reason)
+        self.untold.append(functools.partial(
+            self.observer.lost, search.cell, ask["trial"], ask["attempt"], worker, reason))
+        self.dispatching.ended(search, None)
         row = search.history.rows[ask["trial"]]
         if row.losses >= LOSSES or row.interruptions >= INTERRUPTIONS:
             status = f"lost {row.losses + row.interruptions} times, the last time because {reason}"
@@ -215,23 +272,26 @@ class _Run:
 def run(sweep: Sweep, cells: Sequence[Cell], workers: Workers, folder: RunFolder,
         observer: Observer | None = None, stop: Callable[[], int] = lambda: 0, again: str | None = None,
         grace: Callable[[], float] = lambda: GRACE, batches: Mapping[str, int] | None = None,
-        until: float | None = None) -> Summary:
+        until: float | None = None, advisers: Advisers | None = None, clock: Clock = time) -> Summary:
     """Carry out what is left of a sweep.
 
     stop: how often the user has asked to stop: once, running trials may end within `grace()` [s]; twice, leave.
     again: the id of a cell to run from its first trial.
     batches: by cell, how many trials a worker can take at once, where search.batch is auto; by default one.
     until: when the job is killed, in seconds since 1970: no trial is started that will not have ended by then.
+    advisers: who proposes trials; by default this process, while the workers that are free wait.
     Raises RunError where the folder belongs to other settings or another coordinator, where there is no such
     cell, when the disk is full, and when no worker is left.
     """
-    observer = observer or Observer()
-    with folder.open(sweep) as journal:
-        ledger = Ledger(until, sweep.search.budget_hours)
-        state = _Run(cells, workers, folder, journal, observer, batches or {}, ledger)
+    observer, batches = observer or Observer(), batches or {}
+    with folder.open(sweep, clock) as journal:
+        ledger = Ledger(until, sweep.search.budget_hours, clock)
+        state = _Run(cells, workers, folder, journal, observer, batches, ledger,
+                     advisers or Inline(cells, batches), clock)
         state.interrupted()
         if again is not None:
             state.again(again)
+        state.flush()
         atlas = Atlas(folder, sweep, cells, state.history)
         atlas.rebuild()
         observer.started(state.total, state.done)
@@ -254,27 +314,22 @@ def run(sweep: Sweep, cells: Sequence[Cell], workers: Workers, folder: RunFolder
 
 def _work(state: _Run, atlas: Atlas, stop: Callable[[], int], grace: Callable[[], float]) -> None:
     """The loop, until every trial is done or the user has had enough."""
-    deadline = None
+    deadline, clock = None, state.clock
     try:
-        state.workers.start(state.folder.path)
-        state.journal.append({"event": "start", "tomoatlas": version(), "commit": commit(),
-                              "host": socket.gethostname(), "pid": os.getpid(),
-                              "workers": state.workers.names()})
-        while state.done < state.total:
+        state.start()
+        while state.jobs or state.done < state.total:
             asked = stop()
             if asked and deadline is None:
-                deadline = time.monotonic() + grace()
+                deadline = clock.monotonic() + grace()
             if deadline is None:
                 state.dispatch()
-                if state.limit and not state.jobs:
+                if state.limit and not state.jobs and not state.dispatching.placed:
                     return
-            elif asked > 1 or not state.jobs or time.monotonic() > deadline:
+            elif asked > 1 or not state.jobs or clock.monotonic() > deadline:
                 return
-            if not state.workers.names():
+            if not state.jobs and not state.workers.names():
                 raise RunError(f"no worker is left: {state.last_loss}; nothing that was finished is lost")
-            for event in state.workers.poll(0.1):
-                state.receive(event)
-            state.expire()
+            state.listen()
             if atlas.due():
                 atlas.update(state.changed)
     finally:

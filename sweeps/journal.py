@@ -3,13 +3,14 @@
 It is the truth; the atlas, the summary and the optimisers' states follow from it.
 
     {"event": "start", "tomoatlas", "commit", "host", "pid", "workers"}
-    {"event": "ask", "cell", "trial", "attempt", "kind", "fidelity", "params", "pending"}
+    {"event": "ask", "cell", "trial", "attempt", "kind", "fidelity", "params", "seen"}
     {"event": "result", "cell", "trial", "attempt", "status", "objective", ...}
     {"event": "lost", "cell", "trial", "attempt", "worker", "reason"}    # worker "": the whole run ended
     {"event": "again", "cell"}                                           # its rows so far are superseded
     {"event": "stop" | "end", "reason"}
 
-Every line also carries "time" [s since 1970].
+Every line also carries "time" [s since 1970]. A searched trial was proposed from the first `seen` lines of the journal
+and from the trials of its cell with lower numbers, which count as running where those lines have no result of them.
 """
 
 from __future__ import annotations
@@ -24,9 +25,19 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+
+
+class Clock(Protocol):
+    """What tells the time: the module `time`, or a simulation."""
+
+    def time(self) -> float:
+        """Seconds since 1970."""
+
+    def monotonic(self) -> float:
+        """Seconds since some moment; never set back."""
 
 
 class RunError(Exception):
@@ -80,8 +91,8 @@ class Journal:
     A torn tail is cut off. The file stays locked until `close` or the end of the process, however it ends.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, clock: Clock = time) -> None:
+        self.path, self._clock = path, clock
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             self._lock()
@@ -105,22 +116,27 @@ class Journal:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
 
-    def append(self, event: dict[str, Any]) -> dict[str, Any]:
-        """Write an event; it is on the disk when this returns. Returns the event as it will be read again."""
-        event = plain({**event, "time": round(time.time(), 3)})
-        data = json.dumps(event, allow_nan=False).encode() + b"\n"
+    def stamped(self, event: dict[str, Any]) -> dict[str, Any]:
+        """An event with the time, as it will be read again; `append` writes it."""
+        stamped: dict[str, Any] = plain({**event, "time": round(self._clock.time(), 3)})
+        return stamped
+
+    def append(self, *events: dict[str, Any]) -> list[dict[str, Any]]:
+        """Write events; they are on the disk when this returns. Returns them as they will be read again."""
+        written = [event if "time" in event else self.stamped(event) for event in events]
+        data = b"".join(json.dumps(event, allow_nan=False).encode() + b"\n" for event in written)
         try:
-            written = 0
-            while written < len(data):
-                written += os.write(self._file, data[written:])
+            done = 0
+            while done < len(data):
+                done += os.write(self._file, data[done:])
             os.fsync(self._file)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._end)
             raise RunError(f"{self.path}: {error.strerror}; {SAFE}") from error
         self._end += len(data)
-        self.events.append(event)
-        return event
+        self.events += written
+        return written
 
     def close(self) -> None:
         """Unlock the journal."""
@@ -178,10 +194,7 @@ class CellHistory:
 
     rows: dict[int, Row] = field(default_factory=dict)
     finished: list[int] = field(default_factory=list)
-
-    def running(self) -> list[int]:
-        """Trials that were asked and have no result."""
-        return [trial for trial, row in self.rows.items() if row.result is None]
+    running: dict[int, None] = field(default_factory=dict)  # an ordered set: asked, without a result
 
     def winner(self, searched: bool) -> Row | None:
         """The best of the cell's own full trials, the first of equals; None while there is none."""
@@ -216,14 +229,19 @@ class History:
         if kind == "again":
             cell.rows.clear()
             cell.finished.clear()
+            cell.running.clear()
             return
         trial = event["trial"]
         if kind == "ask":
             self._attempts[event["cell"], trial] = event["attempt"]
-            cell.rows.setdefault(trial, Row(event)).ask = event
+            row = cell.rows.setdefault(trial, Row(event))
+            row.ask = event
+            if row.result is None:
+                cell.running[trial] = None
         elif kind == "result" and cell.rows[trial].result is None:
             cell.rows[trial].result = event
             cell.finished.append(trial)
+            cell.running.pop(trial, None)
         elif kind == "lost" and event["worker"]:
             cell.rows[trial].losses += 1
         elif kind == "lost":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sweeps.grid import Cell
-from sweeps.journal import RunError
+from sweeps.journal import Clock, RunError
 
 MARGIN = 15.0  # [s] before the end of the job that are left for writing
 SLACK = 1.3  # by which a trial may be longer than the longest of its cell so far
@@ -41,8 +41,10 @@ class Ledger:
 
     until: float | None = None
     budget: float | None = None
+    clock: Clock = time
     hours: float = 0.0
     longest: dict[str, float] = field(default_factory=dict)  # [s] by cell, of the messages that ended well
+    most: float = 0.0  # [s] of all cells
 
     def add(self, cell: Cell, result: dict[str, Any]) -> None:
         """Count a result; a batch shares its seconds, so that each of its trials knows the whole."""
@@ -50,10 +52,11 @@ class Ledger:
         if result["status"] == "ok":
             span = result["seconds"] * result["batch"]
             self.longest[cell.id] = max(span, self.longest.get(cell.id, 0.0))
+            self.most = max(span, self.most)
 
     def left(self) -> float:
         """Seconds in which trials may still run."""
-        return float("inf") if self.until is None else self.until - MARGIN - time.time()
+        return float("inf") if self.until is None else self.until - MARGIN - self.clock.time()
 
     def refusal(self, cell: Cell) -> str | None:
         """Why no trial of this cell is to be started now; None where one may. Where nothing is known, it may."""
@@ -62,7 +65,7 @@ class Ledger:
         left = self.left()
         if left <= 0:
             return "the job's time is over"
-        takes = self.longest.get(cell.id, max(self.longest.values(), default=0.0))
+        takes = self.longest.get(cell.id, self.most)
         if takes * SLACK > left:
             return f"the job's time ends in {left + MARGIN:.0f} s, and a trial takes up to {takes:.0f} s"
         return None

@@ -3,7 +3,8 @@
 Two scikit-optimize optimisers share the work. The first is told real results only, one at a time and in order:
 it holds what is sequential, the kernel and the gains of GP-Hedge (Hoffman, Brochu, de Freitas, UAI 2011; each
 result lowers the gain of an acquisition by the posterior mean at the point it nominated before). The second is made
-for one `ask`, with that kernel and those gains, is told the pending trials too, and is thrown away.
+for one `ask`, with that kernel and the acquisition that those gains choose, is told the pending trials too, and is
+thrown away. The kernel is fitted anew at the first results, then each time their number has grown by a seventh.
 
 Numbers are searched on [0, 1] (scikit-optimize measures distances in the user's units, where two weights of 1e-9
 would be one point). Objectives are standardised anew at every result, for the gains and EI's margin are in units of y.
@@ -16,7 +17,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,10 @@ SAME = 1e-9  # points closer than this along every dimension are one point
 LENGTHS = (0.1, 3.0)  # of the kernel, in units of a dimension's range
 NOISE = (1e-6, 1e-2)  # variance, in units of the objective's
 CAP = 5.0  # values this many times farther from the best than the median are lowered to that: tails flatten a GP
-CANDIDATES = 2000  # points scored per proposal, before L-BFGS
+CANDIDATES = 1000  # points scored per proposal, before L-BFGS
 STARTS = 2  # of L-BFGS, from the best candidates; 5 cost 1.7 times as much and found no more (10 landscapes)
 NOMINEES = 500  # the same for the gains, which need no L-BFGS
+FITTED, GROWTH = 12, 1.15  # up to so many results each brings a new fit of the kernel; growth between later fits
 
 
 class SpaceExhausted(Exception):
@@ -61,9 +63,7 @@ class Optimizer:
         self._points: list[Point] = []
         self._objectives: list[float | None] = []
         self._dimensions = [_skopt_dimension(dimension) for dimension in self.space.values()]
-        # With many in flight the design is asked long before it is told: half of it is enough for a model.
-        self._enough = max(2, (initial + 1) // 2)
-        self._real = self._skopt(self._prior(), "sampling", NOMINEES, 0, n_initial_points=self._enough)
+        self._design = np.empty((0, len(self.space)))  # the first points of the Sobol sequence
 
     def tell(self, params: Mapping[str, Any], objective: float | None) -> None:
         """Record the result of a trial; None, NaN and infinities are failures, as bad as the worst value seen."""
@@ -87,6 +87,14 @@ class Optimizer:
         raise SpaceExhausted(f"all {len(np.unique(taken, axis=0))} points of the search space are tried or "
                              f"running; lower search.trials or widen {', '.join(self.space)}")
 
+    @staticmethod
+    def modelled(initial: int, told: int, waiting: int) -> bool:
+        """Whether `ask` takes a model, and time, when so many trials are told and pending.
+
+        With many in flight the design is asked long before it is told: half of it is enough for a model.
+        """
+        return told + waiting >= initial and told >= _enough(initial)
+
     def state(self) -> dict[str, Any]:
         """Everything that the next `ask` depends on, ready for JSON; equal after a replay of the same results."""
         self._learn()
@@ -100,12 +108,10 @@ class Optimizer:
 
     def _proposals(self, waiting: list[Point], trial: int) -> Iterator[Point]:
         """Candidates, best first: the design or the model's, then what every search falls back on."""
-        asked, dimensions = len(self._points) + len(waiting), self.space.values()
-        if asked < self.initial or len(self._points) < self._enough:
-            sobol = qmc.Sobol(len(self.space), scramble=True, rng=self.seed).random_base2(max(1, asked.bit_length()))
-            yield [spread(*pair) for pair in zip(dimensions, sobol[asked], strict=True)]
-        else:
+        if self.modelled(self.initial, len(self._points), len(waiting)):
             yield from self._modelled(waiting, trial)
+        else:
+            yield self._sobol(len(self._points) + len(waiting))
         yield from self._fallback(trial)
 
     def _fallback(self, trial: int) -> Iterator[Point]:
@@ -117,16 +123,37 @@ class Optimizer:
         if all(dimension.integer or dimension.choices is not None for dimension in dimensions):
             yield from map(list, itertools.product(*map(_places, dimensions)))
 
+    def _sobol(self, index: int) -> Point:
+        """Point number `index` of the sequence of this seed."""
+        if index >= len(self._design):
+            sobol = qmc.Sobol(len(self.space), scramble=True, rng=self.seed)
+            self._design = sobol.random_base2(max(4, index.bit_length()))
+        return [spread(*pair) for pair in zip(self.space.values(), self._design[index], strict=True)]
+
+    @cached_property
+    def _real(self) -> skopt.Optimizer:
+        """scikit-optimize's optimiser that is told real results."""
+        columns = skopt.Space(normalize_dimensions(self._dimensions)).transformed_n_dims
+        return self._skopt(_prior(columns), "sampling", NOMINEES, 0, self.acquisition,
+                           n_initial_points=_enough(self.initial))
+
     def _modelled(self, waiting: list[Point], trial: int) -> list[Point]:
-        """The model's proposal, then what each acquisition nominated."""
+        """The model's proposal, then what the acquisitions nominated at the last result."""
         self._learn()
-        model = self._real.models[-1]
-        copy = self._skopt(kernel_of(model), "lbfgs", CANDIDATES, trial, optimizer=None)
-        copy.gains_ = getattr(self._real, "gains_", None)
+        model, nominees = self._real.models[-1], self._real.space.inverse_transform(np.array(self._real.next_xs_))
+        copy = self._skopt(kernel_of(model), "lbfgs", CANDIDATES, trial, self._chosen(trial), optimizer=None)
         with one_thread(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The objective has been evaluated", UserWarning)
             copy.tell(self._points + waiting, [*self._real.yi, *self._lies(model, waiting)])
-            return [copy.ask(), *copy.space.inverse_transform(np.array(copy.next_xs_))]
+            return [copy.ask(), *nominees]
+
+    def _chosen(self, trial: int) -> str:
+        """The acquisition of one proposal: GP-Hedge draws it, the likelier the higher its gains."""
+        if self.acquisition != "gp_hedge":
+            return self.acquisition
+        odds = np.exp(self._real.eta * (self._real.gains_ - self._real.gains_.max()))
+        rng = np.random.default_rng([self.seed, len(self._points), trial, 1])
+        return str(rng.choice(self._real.cand_acq_funcs_, p=odds / odds.sum()))
 
     def _lies(self, model: Any, waiting: list[Point]) -> list[float]:
         """Stand-ins for the results of the pending trials, in standardised units: what the model expects there.
@@ -143,24 +170,42 @@ class Optimizer:
             for told in range(len(real.Xi) + 1, len(self._points) + 1):
                 *real.yi, newest = standardised(self._objectives[:told])
                 real.rng = np.random.RandomState(_seed(self.seed, told))
+                if real.models:
+                    fixed = {} if refitted(told) else {"optimizer": None}
+                    kernel = kernel_of(real.models[-1]) if fixed else _prior(real.space.transformed_n_dims)
+                    real.base_estimator_ = _process(kernel, **fixed)
                 real.tell(self._points[told - 1], newest)
 
-    def _prior(self) -> Any:
-        columns = skopt.Space(normalize_dimensions(self._dimensions)).transformed_n_dims
-        return (ConstantKernel(1.0, (0.01, 1000.0))
-                * Matern(np.ones(columns), [LENGTHS] * columns, nu=2.5) + WhiteKernel(1e-3, NOISE))
-
-    def _skopt(self, kernel: Any, method: str, candidates: int, trial: int, n_initial_points: int = 0,
-               **options: Any) -> skopt.Optimizer:
-        process = GaussianProcessRegressor(kernel, noise="gaussian", n_restarts_optimizer=1, random_state=0,
-                                           **options)
+    def _skopt(self, kernel: Any, method: str, candidates: int, trial: int, acquisition: str,
+               n_initial_points: int = 0, **options: Any) -> skopt.Optimizer:
         return skopt.Optimizer(
-            self._dimensions, process, n_initial_points=n_initial_points, acq_func=self.acquisition,
+            self._dimensions, _process(kernel, **options), n_initial_points=n_initial_points, acq_func=acquisition,
             acq_optimizer=method, acq_optimizer_kwargs={"n_points": candidates, "n_restarts_optimizer": STARTS},
             model_queue_size=1, random_state=_seed(self.seed, len(self._points), trial))
 
     def _point(self, params: Mapping[str, Any]) -> Point:
         return [_place(dimension, params[key]) for key, dimension in self.space.items()]
+
+
+def refitted(told: int) -> bool:
+    """Whether the result number `told` brings a new fit of the kernel."""
+    due = FITTED
+    while due < told:
+        due = math.ceil(GROWTH * due)
+    return told <= FITTED or due == told
+
+
+def _enough(initial: int) -> int:
+    return max(2, (initial + 1) // 2)
+
+
+def _prior(columns: int) -> Any:
+    return (ConstantKernel(1.0, (0.01, 1000.0))
+            * Matern(np.ones(columns), [LENGTHS] * columns, nu=2.5) + WhiteKernel(1e-3, NOISE))
+
+
+def _process(kernel: Any, **options: Any) -> Any:
+    return GaussianProcessRegressor(kernel, noise="gaussian", n_restarts_optimizer=1, random_state=0, **options)
 
 
 def standardised(objectives: Sequence[float | None]) -> list[float]:

@@ -4,6 +4,10 @@ Free order proposes from every result there is. Strict order proposes a cell's s
 trials 0 .. j - L in the order of their numbers, with j - L + 1 .. j - 1 pending, where L = search.in_flight times
 search.batch: neither timing nor kills can change what is proposed. With search.strategy: shared these are the trials
 of the cell and of its neighbours, all by their numbers in the search; trial j waits until they are there.
+
+A trial is proposed (it has a number and parameters), then asked (a worker got it, the journal says so). Proposals are
+a function of the history and of the proposals of the cell before them, so that any process with the same history
+makes the same ones: sweeps/advice.py makes them beside the coordinator.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ class CellSearch:
         self.planned = trials(cell)
         self.first = len(cell.fixed)  # number of the first searched trial
         self.at_work: set[int] = set()  # trials that a worker has now
+        self.proposed: dict[int, dict[str, Any]] = {}  # by number: made ahead, not asked yet
+        self.promised = 0  # workers that wait for trials of this cell
         given = self.search.batch
         strict = self.search.order == "strict"
         # What depends on the machine must not decide what is proposed.
@@ -49,24 +55,43 @@ class CellSearch:
         self._told = 0
         self._optimizer: Optimizer | None = None
 
+    @property
+    def following(self) -> int:
+        """The number of the next trial to propose."""
+        return len(self.history.rows) + len(self.proposed)
+
     def orphans(self) -> list[int]:
         """Trials that were asked, are not finished, and have no worker."""
-        return [trial for trial in self.history.running() if trial not in self.at_work]
+        return [trial for trial in self.history.running if trial not in self.at_work]
 
-    def ready(self) -> bool:
-        """Whether a trial could be handed out now."""
-        trial = len(self.history.rows)
-        if self.orphans():
-            return True
+    def open(self) -> bool:
+        """Whether one more worker could have a trial, now or when it is proposed."""
+        ahead = self.promised * self.batch - len(self.orphans())
+        return ahead < 0 or self.allowed(len(self.history.rows) + ahead)
+
+    def allowed(self, trial: int) -> bool:
+        """Whether a trial that was never asked may go out now."""
         if trial >= self.planned or trial < self.first:
             return trial < self.planned
         if self.search.order == "strict":
             return self.complete(trial - self.first)
-        return sum(k >= self.first for k in self.history.running()) < self.window
+        searched = sum(k >= self.first for k in self.history.running)
+        return searched + trial - max(self.first, len(self.history.rows)) < self.window
+
+    def wanted(self, spare: int = 0) -> int:
+        """How many proposals those workers lack that wait, and `spare` that may come; in strict order none may."""
+        want = self.promised * self.batch - len(self.orphans()) - len(self.proposed)
+        count = 0
+        while count < want and self.allowed(self.following + count):
+            count += 1
+        if count >= want and self.search.order == "free":
+            count = min(max(count, want + spare), self.planned - self.following)
+        return max(0, count)
 
     def complete(self, number: int) -> bool:
         """In strict order: whether everything that search trial `number` is proposed from is there."""
-        return all(self.history.rows[k].result for k in self.known(number))
+        rows = self.history.rows
+        return all(k in rows and rows[k].result for k in self.known(number))
 
     def may_share(self, trial: int) -> bool:
         """Whether a trial may be solved together with others: searched, and no suspect of killing workers."""
@@ -74,13 +99,14 @@ class CellSearch:
         return row.ask["kind"] == "search" and row.losses + row.interruptions < ALONE
 
     def joins(self, ask: dict[str, Any]) -> bool:
-        """Whether the next trial may be solved together with one that was just asked."""
+        """Whether the next trial at hand may be solved together with one that was just taken."""
         orphans = self.orphans()
         if orphans:
             row = self.history.rows[min(orphans)]
             return self.may_share(min(orphans)) and row.fidelity == ask["fidelity"]
-        number = len(self.history.rows) - self.first
-        return number >= 0 and self.fidelity(number) == ask["fidelity"]
+        following = self.proposed.get(len(self.history.rows))
+        return (following is not None and self.allowed(following["trial"]) and following["kind"] == "search"
+                and following["fidelity"] == ask["fidelity"])
 
     def fidelity(self, number: int) -> float:
         """What share of the iterations search trial `number` is to have."""
@@ -90,46 +116,47 @@ class CellSearch:
         """Cells of a lower turn go first."""
         return 0
 
-    def next(self) -> dict[str, Any] | None:
-        """What to hand out of a cell that is `ready`: an ask without its cell and attempt.
-
-        None where every point of a finite space has been asked: then the cell plans no more trials.
-        """
+    def take(self) -> dict[str, Any] | None:
+        """A trial to hand out: an ask without its cell and attempt; None where none is at hand."""
         orphans = self.orphans()
         if not orphans:
-            try:
-                return self.propose()
-            except SpaceExhausted:
-                self.planned = len(self.history.rows)
-                return None
+            return self.proposed.pop(len(self.history.rows), None)
         ask = self.history.rows[min(orphans)].ask
-        return {"fidelity": 1.0} | {key: ask[key] for key in ("trial", "kind", "fidelity", "params", "pending")
+        return {"fidelity": 1.0} | {key: ask[key] for key in ("trial", "kind", "fidelity", "params", "seen")
                                     if key in ask}
 
-    def propose(self) -> dict[str, Any]:
-        """The first trial that was never asked."""
-        trial = len(self.history.rows)
+    def modelled(self, trial: int) -> bool:
+        """Whether it takes a model, and time, to propose a trial."""
+        number = trial - self.first
+        return number >= 0 and Optimizer.modelled(self.search.initial, len(self.known(number)),
+                                                  len(self.pending(number)))
+
+    def propose(self, trial: int) -> dict[str, Any]:
+        """The trial number `following`. Raises SpaceExhausted where every point of a finite space has been asked."""
         if trial < self.first:
-            return {"trial": trial, "kind": "baseline", "fidelity": 1.0, "params": self.cell.fixed[trial],
-                    "pending": []}
+            return {"trial": trial, "kind": "baseline", "fidelity": 1.0, "params": self.cell.fixed[trial]}
         share, params = self.proposal(trial - self.first)
-        pending = [self.history.rows[k].ask["params"] for k in self.pending(trial - self.first)]
-        return {"trial": trial, "kind": "search", "fidelity": share, "params": params, "pending": pending}
+        return {"trial": trial, "kind": "search", "fidelity": share, "params": params}
 
     def proposal(self, number: int) -> tuple[float, dict[str, Any]]:
         """Fidelity and params of search trial `number`."""
-        running = [self.history.rows[k].ask["params"] for k in self.pending(number)]
-        return 1.0, self.optimizer(number).ask(running, number)
+        return 1.0, self.optimizer(number).ask([self.params(k) for k in self.pending(number)], number)
+
+    def params(self, trial: int) -> dict[str, Any]:
+        """The parameters of a trial that was asked or proposed."""
+        row = self.history.rows.get(trial)
+        params: dict[str, Any] = (self.proposed[trial] if row is None else row.ask)["params"]
+        return params
 
     def optimizer(self, number: int | None = None) -> Optimizer:
         """The optimiser, told what it may know when it proposes search trial `number`, or else all there is."""
         if self._optimizer is None:
             seed = zlib.crc32(f"{self.cell.sweep.seed} {self.cell.id}".encode())
             self._optimizer = Optimizer(self.cell.space, seed, self.search.initial, self.search.acquisition)
-        for k in self.known(number)[self._told:]:
-            row = self.history.rows[k]
-            self._optimizer.tell(row.ask["params"], row.objective)
-            self._told += 1
+        known = self.known(number)
+        for k in known[self._told:]:
+            self._optimizer.tell(self.params(k), self.history.rows[k].objective)
+        self._told = max(self._told, len(known))
         return self._optimizer
 
     def known(self, number: int | None) -> list[int]:
@@ -142,9 +169,9 @@ class CellSearch:
         return list(range(self.first, min(self.first + max(0, number - self.window + 1), self.planned)))
 
     def pending(self, number: int) -> list[int]:
-        """Trials of this cell that count as running when a search trial `number` is proposed."""
+        """Trials of this cell that count as running when a search trial `number` is proposed, proposed ones too."""
         if self.search.order == "free":
-            return [k for k in self.history.running() if k >= self.first]
+            return sorted(k for k in (*self.history.running, *self.proposed) if k >= self.first)
         first = self.first + max(0, number - self.window + 1)
         return list(range(first, min(self.first + number, self.planned)))
 
@@ -162,8 +189,8 @@ class SharedSearch(CellSearch):
         """Whether also the neighbours have finished, and asked, what search trial `number` is proposed from."""
         for search in self.near:
             rows = search.history.rows
-            known = search.known(number)
-            if not all(k in rows and rows[k].result for k in known) or not rows.keys() >= set(search.pending(number)):
+            asked = search is self or rows.keys() >= set(search.pending(number))
+            if not asked or not all(k in rows and rows[k].result for k in search.known(number)):
                 return False
         return True
 
@@ -183,7 +210,13 @@ class SharedSearch(CellSearch):
 
     def turn(self) -> int:
         """Trials in the search so far: cells that share take turns."""
-        return len(self.history.rows) - self.first
+        return len(self.history.rows) + self.promised * self.batch - self.first
+
+    def modelled(self, trial: int) -> bool:
+        """Whether it takes a model, and time, to propose a trial."""
+        number = trial - self.first
+        known = sum(len(search.known(number)) for search in self.near) if number >= 0 else 0
+        return number >= 0 and SharedOptimizer.modelled(self.search.initial, known, 0)
 
     def _ask(self, number: int, fidelity: float) -> dict[str, Any]:
         optimizer = self._informed(number, fidelity)
@@ -211,8 +244,11 @@ class SharedSearch(CellSearch):
         own: list[Row] = []
         others: list[tuple[SharedSearch, Row]] = []
         for search in self.near:
+            rows = search.history.rows
+            if search is self:  # what neighbours have only proposed follows from no journal
+                rows = rows | {k: Row(proposal) for k, proposal in self.proposed.items()}
             numbers = search.pending(number or 0) if pending else search.known(number)
-            for row in (search.history.rows[k] for k in sorted(numbers)):
+            for row in (rows[k] for k in sorted(numbers) if k in rows):
                 if search is self and row.fidelity == fidelity:
                     own.append(row)
                 else:

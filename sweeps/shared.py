@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import qmc
 from skopt import acquisition
 from skopt.learning import GaussianProcessRegressor
 from skopt.learning.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
@@ -74,6 +73,11 @@ class SharedOptimizer(Optimizer):
         """Trials of other cells, or of other fidelities, that still run."""
         self._pending = [self._elsewhere(trial) for trial in trials]
 
+    @staticmethod
+    def modelled(initial: int, told: int, waiting: int) -> bool:
+        """Whether `ask` takes a model: as soon as enough is known of all the cells around."""
+        return told >= initial
+
     def state(self) -> dict[str, Any]:
         """Everything that the next `ask` depends on, ready for JSON."""
         others, pending = ([[list(place), point, y] for place, point, y in rows]
@@ -89,11 +93,8 @@ class SharedOptimizer(Optimizer):
 
     def _proposals(self, waiting: list[Point], trial: int) -> Iterator[Point]:
         """Candidates, best first: the design or the model's, then what every search falls back on."""
-        if len(self._points) + len(self._others) < self.initial:
-            index = trial * self.cells + self.number
-            sobol = qmc.Sobol(len(self.space), scramble=True, rng=self.seed)
-            row = sobol.random_base2(max(1, index.bit_length()))[index]
-            yield [spread(*pair) for pair in zip(self.space.values(), row, strict=True)]
+        if not self.modelled(self.initial, len(self._points) + len(self._others), 0):
+            yield self._sobol(trial * self.cells + self.number)
         else:
             with one_thread(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # lengths at the ends of their bounds are no news
