@@ -225,6 +225,81 @@ def submit(
           f"\nlook    tomoatlas status {shlex.quote(str(out or folder))}\noutput  {folder / 'jobs'}")
 
 
+@app.command(short_help="Say how a sweep would go on a machine of any size.")
+@sentences
+def simulate(
+    file: File,
+    workers: Annotated[
+        str, typer.Option("--workers", metavar="N,...", help="Workers, one per GPU; several numbers give a curve.")
+    ] = "8",
+    trial_seconds: Annotated[
+        str,
+        typer.Option("--trial-seconds", metavar="S[,SPREAD]", help="Median time of a full trial [s], and the standard "
+                     "deviation of its logarithm."),
+    ] = "60,0.3",
+    advisers: Annotated[
+        int | None,
+        typer.Option("--advisers", min=1, metavar="N", help="Side processes that propose trials; default: one for 64 "
+                     "workers, 64 at most."),
+    ] = None,
+    mtbf: Annotated[
+        float, typer.Option("--mtbf", min=0.001, metavar="HOURS", help="Mean time between failures of the whole "
+                            "machine; each takes a node.")
+    ] = float("inf"),
+    per_node: Annotated[int, typer.Option("--per-node", min=1, metavar="N", help="Workers of a node.")] = 6,
+    notice: Annotated[
+        float, typer.Option("--notice", min=0.0, metavar="S", help="Until a dead worker is noticed [s].")
+    ] = 20.0,
+    walltime: Annotated[
+        float | None, typer.Option("--walltime", min=1.0, metavar="MIN", help="Time limit of a job; default: none.")
+    ] = None,
+    queue: Annotated[
+        float, typer.Option("--queue", min=0.0, metavar="MIN", help="Between two jobs, in the queue.")
+    ] = 0.0,
+    scale: Annotated[
+        bool, typer.Option("--scale", help="Fewer workers get fewer cells, 16 at least: all have as much to do.")
+    ] = False,
+    real: Annotated[
+        int, typer.Option("--real", min=1, metavar="N", help="Processes here that compute the proposals.")
+    ] = 1,
+    changes: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep the run folders here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object per number of workers.")] = False,
+) -> None:
+    """Say how a sweep would go on a machine of any size: how busy its workers would be, what failures cost.
+
+    The coordinator and its optimisers are the real ones, and what they take is measured here; the trials only pass on
+    a simulated clock, with invented results.
+
+    Examples:
+
+    tomoatlas simulate fig4_cocuo --workers 8,64 --trial-seconds 2
+
+    tomoatlas simulate sweep.yaml --workers 27648 --mtbf 5 --walltime 120 --set search.in_flight=16
+    """
+    from launch import simulate as machine
+    from launch.simulated import Machine
+    from sweeps import settings
+
+    median, spread = numbers(trial_seconds, "--trial-seconds", 2)
+    counts = [int(number) for number in numbers(workers, "--workers")]
+    model = Machine(1, median, spread, 3600 * mtbf, per_node, notice, advisers or 0)
+    machine.show(settings.load(find(file), changes or []), counts, model, walltime and 60 * walltime, 60 * queue, real,
+                 out, scale, as_json)
+
+
+def numbers(text: str, option: str, count: int | None = None) -> list[float]:
+    """Positive numbers between commas; with `count` exactly so many, the last ones 0.3 by default."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    found += [0.3] * ((count or 0) - len(found))
+    if not found or min(found) <= 0 or len(found) != (count or len(found)) or (count is None and min(found) < 1):
+        refuse(f"{option} {text}: must be {'S or S,SPREAD' if count else 'whole numbers above 0'}, separated by commas")
+    return found
+
+
 @app.command(short_help="Write a commented YAML to start from.")
 @sentences
 def init(

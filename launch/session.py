@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch import devices, mpi, plan, workers
+from launch.advisers import SideAdvisers, useful
 from launch.plan import Plan
 from sweeps import grid
 from sweeps.atlas import RunFolder
@@ -49,12 +50,12 @@ def run(
     # Other ranks may run on other machines, of whose memory this one knows nothing.
     memory = (0, "") if size > 1 else plan.memory_here(count)
     with crew:
-        return _coordinate(sweep, RunFolder(out or Path("runs") / sweep.name), crew, again, memory, room)
+        return _coordinate(sweep, RunFolder(out or Path("runs") / sweep.name), crew, size - 1 or count, again, memory,
+                           room)
 
 
-def _coordinate(
-    sweep: Sweep, folder: RunFolder, crew: Workers, again: str | None, memory: tuple[int, str], room: int
-) -> int:
+def _coordinate(sweep: Sweep, folder: RunFolder, crew: Workers, count: int, again: str | None,
+                memory: tuple[int, str], room: int) -> int:
     from launch import progress
     from sweeps import coordinator, report
 
@@ -67,10 +68,10 @@ def _coordinate(
         raise RunError("\n".join(refused))
     for warning in plan.warnings(planned):
         print(warning, file=sys.stderr)
-    until = job_end(os.environ)
-    with signals(until) as stop, progress.observer(sys.stdout) as watch:
-        summary = coordinator.run(sweep, cells, crew, folder, watch, stop, again, stop.grace,
-                                  batches(planned, room), until)
+    until, together = job_end(os.environ), batches(planned, room)
+    with (signals(until) as stop, progress.observer(sys.stdout) as watch,
+          SideAdvisers(useful(count, len(cells)), sweep, cells, together) as advisers):
+        summary = coordinator.run(sweep, cells, crew, folder, watch, stop, again, stop.grace, together, until, advisers)
     print(f"\n{report.table(folder.path)}\n")
     # A launcher that has sent SIGTERM kills soon after: no time for figures then.
     if summary.stopped is None:

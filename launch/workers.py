@@ -6,23 +6,17 @@ is set (`launch.devices`); the coordinator never imports JAX. Worker k prints to
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import selectors
-import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from launch import devices
 from launch.mpi import MpiWorkers, leave, serve, world
+from launch.process import Child, end, module
 from sweeps.crew import Event
 
 __all__ = ["LocalWorkers", "MpiWorkers", "leave", "serve", "world"]
-
-PATIENCE = 5.0  # [s] for a worker that was told to leave, before it is killed
 
 
 class LocalWorkers:
@@ -41,12 +35,10 @@ class LocalWorkers:
         """Start the processes; they are idle when they have imported the evaluation."""
         logs = folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        # The parent's own search path: a worker imports the same modules, wherever the command was started.
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        command = [sys.executable, "-P", "-m", "launch.worker", "--evaluate", self._evaluate]
+        command, path = module("launch.worker", "--evaluate", self._evaluate)
         for index in range(self._count):
             given = devices.environment(index, self._count, devices.given(), share=self._share)
-            env = {**given, "PYTHONPATH": path}
+            env = {**given, **path}
             self._admit(_Local(f"worker-{index}", command, env, logs / f"worker-{index}.log"))
 
     def _admit(self, worker: _Local) -> None:
@@ -100,12 +92,7 @@ class LocalWorkers:
         for worker in workers:
             self._selector.unregister(worker.output)
             worker.part()
-        for worker in workers:
-            try:
-                worker.process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
+        end(workers)
 
     def __enter__(self) -> LocalWorkers:
         return self
@@ -115,43 +102,7 @@ class LocalWorkers:
         self._selector.close()
 
 
-class _Local:
-    """One local worker: its process and pipes, its log, and whether it is ready or at work."""
+class _Local(Child):
+    """One local worker, and whether it is ready or at work."""
 
-    def __init__(self, name: str, command: list[str], env: dict[str, str], log: Path) -> None:
-        self.name, self.command, self.env, self.log = name, command, env, log
-        self.ready = self.busy = False
-        self.unread = b""
-        with open(log, "ab") as stderr:
-            # A session of its own: Ctrl-C on the terminal is for the coordinator, which lets trials finish.
-            self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                            stderr=stderr, start_new_session=True)
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.input: IO[bytes] = self.process.stdin
-        self.output: IO[bytes] = self.process.stdout
-
-    def lines(self) -> tuple[list[bytes], bool]:
-        """Whole lines that have arrived, and whether the worker has closed its end."""
-        chunk = os.read(self.output.fileno(), 1 << 20)
-        *lines, self.unread = (self.unread + chunk).split(b"\n")
-        return lines, not chunk
-
-    def say(self, text: str) -> None:
-        """Send one line."""
-        with contextlib.suppress(BrokenPipeError):  # a dead worker's output ends, too, and that is reported
-            self.input.write(text.encode() + b"\n")
-            self.input.flush()
-
-    def part(self) -> None:
-        """Close both pipes; a worker that lives takes it for the word to leave."""
-        with contextlib.suppress(BrokenPipeError):
-            self.input.close()
-        self.output.close()
-
-    def obituary(self) -> str:
-        """A sentence on how the process ended."""
-        code = self.process.wait()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-        lines = self.log.read_text(errors="replace").splitlines()
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f"{self.name} {how}" + (f"; the last line of {self.log} is: {last}" if last else "")
+    ready = busy = False

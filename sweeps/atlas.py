@@ -152,16 +152,19 @@ class Atlas:
     the journal when a run starts, so nothing in it can be stale.
     """
 
-    def __init__(self, folder: RunFolder, sweep: Sweep, cells: Sequence[Cell], history: History) -> None:
+    def __init__(self, folder: RunFolder, sweep: Sweep, cells: Sequence[Cell], history: History,
+                 clock: Clock = time) -> None:
+        self._clock = clock
         self.folder, self.sweep, self.cells, self.history = folder, sweep, cells, history
         self.summary: dict[str, Any] = {}
         self._seen: dict[str, np.ndarray] = {}
         self._published: dict[str, str] = {}  # volume by cell
+        self._won: dict[str, tuple[int, int] | None] = {}  # trial and attempt that best/ holds, by cell
         self._took, self._when = 0.0, 0.0
 
     def due(self) -> bool:
         """Whether it is time for an update: they may take a twentieth of the coordinator's time."""
-        return time.monotonic() - self._when > max(1.0, 20 * self._took)
+        return self._clock.monotonic() - self._when > max(1.0, 20 * self._took)
 
     def rebuild(self) -> None:
         """Make everything anew beside the old atlas, then put it in its place."""
@@ -181,7 +184,7 @@ class Atlas:
             changed.clear()
 
     def _update(self, path: Path, cells: Sequence[Cell]) -> None:
-        started = time.monotonic()
+        started = self._clock.monotonic()
         root = zarr.open_group(path, mode="a", zarr_format=3)
         root.require_group("cells")
         grown = not self._seen
@@ -197,7 +200,7 @@ class Atlas:
             _consolidate(path)
         self.summary = summarise(self.sweep, self.cells, self.history)
         write_aside(self.folder.summary, json.dumps(plain(self.summary), indent=1))
-        self._when = time.monotonic()
+        self._when = self._clock.monotonic()
         self._took = self._when - started
 
     def _write(self, group: zarr.Group, prefix: str, variables: Variables) -> bool:
@@ -222,11 +225,14 @@ class Atlas:
         rows = self.history.cell(cell.id)
         winner = rows.winner(bool(cell.space))
         frozen, volume = self.folder.best / f"{cell.id}.yaml", None
+        won = None if winner is None else (winner.ask["trial"], winner.ask["attempt"])
         if winner is None or winner.result is None:
             frozen.unlink(missing_ok=True)
         else:
-            write_aside(frozen, freeze(cell, winner))
+            if self._won.get(cell.id) != won:  # writing YAML takes milliseconds, and most results win nothing
+                write_aside(frozen, freeze(cell, winner))
             volume = winner.result["volume"] if self.sweep.output.save != "none" else None
+        self._won[cell.id] = won
         new = volume is not None and self._published.get(cell.id) != volume
         if volume is not None and new and (self.folder.path / volume).is_dir():
             _link(self.folder.path / volume, path / "cells" / cell.id, self.folder.path / "cell.partial")

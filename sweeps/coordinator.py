@@ -292,7 +292,7 @@ def run(sweep: Sweep, cells: Sequence[Cell], workers: Workers, folder: RunFolder
         if again is not None:
             state.again(again)
         state.flush()
-        atlas = Atlas(folder, sweep, cells, state.history)
+        atlas = Atlas(folder, sweep, cells, state.history, clock)
         atlas.rebuild()
         observer.started(state.total, state.done)
         if state.done < state.total:

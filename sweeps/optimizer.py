@@ -1,10 +1,10 @@
 """Bayesian optimisation with many trials in flight, on scikit-optimize: Matern 5/2 and GP-Hedge (or EI, LCB, PI).
 
-Two scikit-optimize optimisers share the work. The first is told real results only, one at a time and in order:
-it holds what is sequential, the kernel and the gains of GP-Hedge (Hoffman, Brochu, de Freitas, UAI 2011; each
-result lowers the gain of an acquisition by the posterior mean at the point it nominated before). The second is made
-for one `ask`, with that kernel and the acquisition that those gains choose, is told the pending trials too, and is
-thrown away. The kernel is fitted anew at the first results, then each time their number has grown by a seventh.
+scikit-optimize's optimiser is told real results only, one at a time and in order: it holds what is sequential, the
+kernel and the gains of GP-Hedge (Hoffman, Brochu, de Freitas, UAI 2011; each result lowers the gain of an acquisition
+by the posterior mean at the point it nominated before). For one `ask` a second process, with that kernel, is told the
+pending trials too, searched for the best point of the acquisition that the gains choose, and thrown away. The kernel
+is fitted anew at the first results, then each time their number has grown by a seventh.
 
 Numbers are searched on [0, 1] (scikit-optimize measures distances in the user's units, where two weights of 1e-9
 would be one point). Objectives are standardised anew at every result, for the gains and EI's margin are in units of y.
@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import skopt
 from scipy.stats import qmc
+from skopt import acquisition as acquisitions
 from skopt.learning import GaussianProcessRegressor
 from skopt.learning.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 from skopt.space import Categorical, Real
@@ -40,9 +40,11 @@ SAME = 1e-9  # points closer than this along every dimension are one point
 LENGTHS = (0.1, 3.0)  # of the kernel, in units of a dimension's range
 NOISE = (1e-6, 1e-2)  # variance, in units of the objective's
 CAP = 5.0  # values this many times farther from the best than the median are lowered to that: tails flatten a GP
-CANDIDATES = 1000  # points scored per proposal, before L-BFGS
-STARTS = 2  # of L-BFGS, from the best candidates; 5 cost 1.7 times as much and found no more (10 landscapes)
-NOMINEES = 500  # the same for the gains, which need no L-BFGS
+CANDIDATES = 1000  # random points scored per proposal; then, thrice, NEAR points around the best
+STEPS, NEAR = (0.05, 0.02, 0.005), 150  # their spread, in units of a dimension's range
+MARGIN = {"EI": 0.01, "PI": 0.01}  # by which the best is to be beaten, in standard deviations of the objective
+KAPPA = 1.96  # of LCB; both as in scikit-optimize
+NOMINEES = 500  # points scored per result, for the gains
 FITTED, GROWTH = 12, 1.15  # up to so many results each brings a new fit of the kernel; growth between later fits
 
 
@@ -134,18 +136,37 @@ class Optimizer:
     def _real(self) -> skopt.Optimizer:
         """scikit-optimize's optimiser that is told real results."""
         columns = skopt.Space(normalize_dimensions(self._dimensions)).transformed_n_dims
-        return self._skopt(_prior(columns), "sampling", NOMINEES, 0, self.acquisition,
-                           n_initial_points=_enough(self.initial))
+        return skopt.Optimizer(
+            self._dimensions, _process(_prior(columns)), n_initial_points=_enough(self.initial),
+            acq_func=self.acquisition, acq_optimizer="sampling", acq_optimizer_kwargs={"n_points": NOMINEES},
+            model_queue_size=1, random_state=_seed(self.seed))
 
     def _modelled(self, waiting: list[Point], trial: int) -> list[Point]:
         """The model's proposal, then what the acquisitions nominated at the last result."""
         self._learn()
-        model, nominees = self._real.models[-1], self._real.space.inverse_transform(np.array(self._real.next_xs_))
-        copy = self._skopt(kernel_of(model), "lbfgs", CANDIDATES, trial, self._chosen(trial), optimizer=None)
-        with one_thread(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The objective has been evaluated", UserWarning)
-            copy.tell(self._points + waiting, [*self._real.yi, *self._lies(model, waiting)])
-            return [copy.ask(), *nominees]
+        real = self._real
+        model, nominees = real.models[-1], real.space.inverse_transform(np.array(real.next_xs_))
+        y = [*real.yi, *self._lies(model, waiting)]
+        rng = np.random.default_rng([self.seed, len(self._points), trial, 2])
+        with one_thread():
+            again = _process(kernel_of(model), optimizer=None).fit(real.space.transform(self._points + waiting), y)
+            return [self._best(again, real.space.transform, min(y), self._chosen(trial), rng), *nominees]
+
+    def _best(self, model: Any, rows: Callable[[list[Point]], np.ndarray], incumbent: float, acquisition: str,
+              rng: np.random.Generator) -> Point:
+        """The point that an acquisition likes best. rows: the model's inputs at points."""
+        points = [[spread(*pair) for pair in zip(self.space.values(), row, strict=True)]
+                  for row in rng.random((CANDIDATES, len(self.space)))]
+        best = points[int(_score(acquisition, model, rows(points), incumbent).argmax())]
+        for step in STEPS:
+            points = [best, *(self._moved(best, step * move) for move in rng.normal(size=(NEAR, len(best))))]
+            best = points[int(_score(acquisition, model, rows(points), incumbent).argmax())]
+        return best
+
+    def _moved(self, point: Point, move: np.ndarray) -> Point:
+        """A point near another: numbers move, choices stay."""
+        return [place if dimension.choices is not None else min(max(place + by, 0.0), 1.0)
+                for dimension, place, by in zip(self.space.values(), point, move.tolist(), strict=True)]
 
     def _chosen(self, trial: int) -> str:
         """The acquisition of one proposal: GP-Hedge draws it, the likelier the higher its gains."""
@@ -176,15 +197,8 @@ class Optimizer:
                     real.base_estimator_ = _process(kernel, **fixed)
                 real.tell(self._points[told - 1], newest)
 
-    def _skopt(self, kernel: Any, method: str, candidates: int, trial: int, acquisition: str,
-               n_initial_points: int = 0, **options: Any) -> skopt.Optimizer:
-        return skopt.Optimizer(
-            self._dimensions, _process(kernel, **options), n_initial_points=n_initial_points, acq_func=acquisition,
-            acq_optimizer=method, acq_optimizer_kwargs={"n_points": candidates, "n_restarts_optimizer": STARTS},
-            model_queue_size=1, random_state=_seed(self.seed, len(self._points), trial))
-
     def _point(self, params: Mapping[str, Any]) -> Point:
-        return [_place(dimension, params[key]) for key, dimension in self.space.items()]
+        return [place_of(dimension, params[key]) for key, dimension in self.space.items()]
 
 
 def refitted(told: int) -> bool:
@@ -208,6 +222,15 @@ def _process(kernel: Any, **options: Any) -> Any:
     return GaussianProcessRegressor(kernel, noise="gaussian", n_restarts_optimizer=1, random_state=0, **options)
 
 
+def _score(acquisition: str, model: Any, rows: np.ndarray, incumbent: float) -> np.ndarray:
+    """How much each row promises; higher is better."""
+    if acquisition == "LCB":
+        return -np.asarray(acquisitions.gaussian_lcb(rows, model, KAPPA))
+    if acquisition == "PI":
+        return np.asarray(acquisitions.gaussian_pi(rows, model, incumbent, MARGIN["PI"]))
+    return np.asarray(acquisitions.gaussian_ei(rows, model, incumbent, MARGIN["EI"]))
+
+
 def standardised(objectives: Sequence[float | None]) -> list[float]:
     """Mean 0 and spread 1, failures at the worst value. Rounded, so that y and a y + b give the same bits."""
     real = np.array([y for y in objectives if y is not None])
@@ -229,7 +252,7 @@ def _skopt_dimension(dimension: Dimension) -> Any:
     return Real(0.0, 1.0) if dimension.choices is None else Categorical(list(range(len(dimension.choices))))
 
 
-def _place(dimension: Dimension, value: Any) -> float:
+def place_of(dimension: Dimension, value: Any) -> float:
     """Where a value lies: on [0, 1] along the scale, or its index among the choices."""
     if dimension.choices is not None:
         return dimension.choices.index(value)
@@ -242,7 +265,7 @@ def _place(dimension: Dimension, value: Any) -> float:
 
 
 def _value(dimension: Dimension, place: float) -> Any:
-    """The value at a place: the inverse of `_place`, never outside the bounds."""
+    """The value at a place: the inverse of `place_of`, never outside the bounds."""
     if dimension.choices is not None:
         return dimension.choices[int(place)]
     low, high = dimension.low, dimension.high
@@ -253,7 +276,7 @@ def _value(dimension: Dimension, place: float) -> Any:
 
 def _snap(dimension: Dimension, place: float) -> float:
     """The nearest place that has a value of its own: whole numbers lie on a lattice."""
-    return _place(dimension, _value(dimension, place)) if dimension.integer else place
+    return place_of(dimension, _value(dimension, place)) if dimension.integer else place
 
 
 def spread(dimension: Dimension, uniform: float) -> float:
@@ -265,7 +288,7 @@ def _places(dimension: Dimension) -> Sequence[float] | Iterator[float]:
     """Every place of a dimension without real numbers."""
     if dimension.choices is not None:
         return range(len(dimension.choices))
-    return [_place(dimension, value) for value in range(int(dimension.low), int(dimension.high) + 1)]
+    return [place_of(dimension, value) for value in range(int(dimension.low), int(dimension.high) + 1)]
 
 
 def _seed(*numbers: int) -> int:

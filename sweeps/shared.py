@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from skopt import acquisition
 from skopt.learning import GaussianProcessRegressor
 from skopt.learning.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 from sweeps.grid import Dimension
 from sweeps.optimizer import (
     LENGTHS,
+    NEAR,
     Optimizer,
     Point,
     kernel_of,
@@ -36,10 +36,6 @@ APART = (0.3, 10.0)  # lengths of the kernel over places and fidelity, each on a
 # tests/test_search.py, 3 and 4 seeds).
 NARROW, WIDE = 0.4, 3.0
 NOISE = (1e-6, 1e-3)  # variance, in units of the objective's
-CANDIDATES = 1000  # random points of the cell scored per proposal; then, thrice, NEAR points around the best
-STEPS, NEAR = (0.05, 0.02, 0.005), 150  # their spread, in units of a dimension's range
-MARGIN = {"EI": 0.0, "PI": 0.01}  # by which the best is to be beaten, in standard deviations of the objective
-KAPPA = 1.96  # of LCB, as in scikit-optimize
 
 
 @dataclass(frozen=True)
@@ -98,26 +94,25 @@ class SharedOptimizer(Optimizer):
         else:
             with one_thread(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # lengths at the ends of their bounds are no news
-                yield self._best(waiting, trial)
+                yield self._promising(waiting, trial)
         yield from self._fallback(trial)
 
-    def _best(self, waiting: list[Point], trial: int) -> Point:
+    def _promising(self, waiting: list[Point], trial: int) -> Point:
         """The point of this cell, at this fidelity, that the acquisition likes best."""
         known = [(self.place, point) for point in self._points] + [(place, point) for place, point, _ in self._others]
         y = np.array(standardised([*self._objectives, *(objective for _, _, objective in self._others)]))
         running = [(self.place, point) for point in waiting] + [(place, point) for place, point, _ in self._pending]
         model = self._model(self._rows(known), y, self._rows(running))
         rng = np.random.default_rng([self.seed, self.number, len(known), trial])
-        points = [[spread(*pair) for pair in zip(self.space.values(), row, strict=True)]
-                  for row in rng.random((CANDIDATES, len(self.space)))]
-        rows = self._rows([(self.place, point) for point in points])
-        incumbent = min(y[:len(self._points)], default=model.predict(rows).min())
-        best = points[int(self._score(model, rows, incumbent).argmax())]
-        for step in STEPS:
-            points = [best, *(self._moved(best, step * move) for move in rng.normal(size=(NEAR, len(best))))]
-            rows = self._rows([(self.place, point) for point in points])
-            best = points[int(self._score(model, rows, incumbent).argmax())]
-        return best
+
+        def rows(points: list[Point]) -> np.ndarray:
+            return self._rows([(self.place, point) for point in points])
+
+        random = [[spread(*pair) for pair in zip(self.space.values(), row, strict=True)]
+                  for row in rng.random((NEAR, len(self.space)))]
+        incumbent = min(y[:len(self._points)], default=model.predict(rows(random)).min())
+        acquisition = "EI" if self.acquisition == "gp_hedge" else self.acquisition
+        return self._best(model, rows, incumbent, acquisition, rng)
 
     def _model(self, rows: np.ndarray, y: np.ndarray, running: np.ndarray) -> Any:
         """The process, fitted to results; what it expects of running trials takes the doubt away there."""
@@ -130,19 +125,6 @@ class SharedOptimizer(Optimizer):
             return model
         again = GaussianProcessRegressor(kernel_of(model), noise="gaussian", optimizer=None, random_state=0)
         return again.fit(np.vstack([rows, running]), np.hstack([y, model.predict(running)]))
-
-    def _score(self, model: Any, rows: np.ndarray, incumbent: float) -> np.ndarray:
-        """How much each row promises; higher is better."""
-        if self.acquisition == "LCB":
-            return -np.asarray(acquisition.gaussian_lcb(rows, model, KAPPA))
-        if self.acquisition == "PI":
-            return np.asarray(acquisition.gaussian_pi(rows, model, incumbent, MARGIN["PI"]))
-        return np.asarray(acquisition.gaussian_ei(rows, model, incumbent, MARGIN["EI"]))
-
-    def _moved(self, point: Point, move: np.ndarray) -> Point:
-        """A point near another: numbers move, choices stay."""
-        return [place if dimension.choices is not None else float(min(max(place + by, 0.0), 1.0))
-                for dimension, place, by in zip(self.space.values(), point, move, strict=True)]
 
     def _rows(self, trials: Sequence[tuple[tuple[float, ...], Point]]) -> np.ndarray:
         """The model's inputs: a column per number, one per choice, and the place."""

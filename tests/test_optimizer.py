@@ -66,7 +66,7 @@ def test_asking_changes_nothing_and_depends_only_on_what_it_is_given():
     before = copy.deepcopy(once.state())
     assert once.ask(pending, 12) == often.ask(pending, 12) == once.ask(pending, 12)
     assert once.state() == often.state() == before
-    assert once.ask(pending, 12) != once.ask([], 12)
+    assert once.ask([once.ask([], 12)], 12) != once.ask([], 12)
     other = Optimizer(SPACE, 6, 4)
     assert other.ask([], 0) != Optimizer(SPACE, 5, 4).ask([], 0)
 
