@@ -202,8 +202,8 @@ def text(sweep: Sweep, machine: Machine, outcomes: Sequence[Outcome]) -> str:
         f"{machine.spread:g}).", "", aligned(rows), "",
         "busy: share of the workers' time spent solving until no trial was left to hand out; with the end: until the "
         "last one ended.",
-        f"coordinator: its own time for a trial, measured here; {MESSAGE * 1e6:.0f} us more for the messages are added on "
-        "the simulated clock. memory: its peak.",
+        f"coordinator: its own time for a trial, measured here; on the simulated clock it takes {MESSAGE * 1e6:.0f} us "
+        "more, for the messages. memory: its peak.",
         f"proposal: processor time of a side process for one; informed: trials proposed from {INFORMED} results of "
         "their cell or more.",
         f"regret: how far the best of a cell lies above its least value, mean and worst of the {len(common)} cells "

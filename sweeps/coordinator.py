@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import json
 import os
 import socket
@@ -37,6 +38,7 @@ LOSSES = 3  # workers that may die over one trial before it becomes a failed row
 INTERRUPTIONS = 20  # ends of the whole run during one trial: MPICH ends a job when one of its workers dies
 GRACE = 20.0  # [s] for running trials after the first signal; Slurm kills 30 s after SIGTERM
 POLL = 0.1  # [s] that the coordinator waits for reports, at most
+GROUP = 256  # messages that wait for each other's lines in the journal, at most
 SOON = 0.005  # [s] the same, while workers wait for proposals
 EMPTY: dict[str, Any] = {"status": "", "objective": None, "metrics": {}, "elements": {}, "checkpoints": [],
                          "iterations": 0, "seconds": 0.0, "batch": 1, "worker": "", "volume": None}
@@ -158,7 +160,8 @@ class _Run:
             if worker not in self.dispatching.placed and not self.dispatching.place(worker):
                 break
         messages = []
-        for worker, asks in self.dispatching.served():
+        # When thousands wait, as at the start, the first need not wait for the last.
+        for worker, asks in itertools.islice(self.dispatching.served(), GROUP):
             self.jobs[worker], self.since[worker] = asks, self.clock.monotonic()
             messages.append((worker, self.message(asks)))
         self.flush()
@@ -204,7 +207,6 @@ class _Run:
         waiting = self.dispatching.placed and self.dispatching.requests
         for event in self.workers.poll(SOON if waiting else POLL):
             self.receive(event)
-        self.flush()
         now = self.clock.monotonic()
         if self.limited and now - self.looked > POLL:
             self.looked = now
@@ -325,12 +327,15 @@ def _work(state: _Run, atlas: Atlas, stop: Callable[[], int], grace: Callable[[]
                 state.dispatch()
                 if state.limit and not state.jobs and not state.dispatching.placed:
                     return
-            elif asked > 1 or not state.jobs or clock.monotonic() > deadline:
+            state.flush()
+            if deadline is not None and (asked > 1 or not state.jobs or clock.monotonic() > deadline):
                 return
             if not state.jobs and not state.workers.names():
                 raise RunError(f"no worker is left: {state.last_loss}; nothing that was finished is lost")
             state.listen()
             if atlas.due():
+                state.flush()
                 atlas.update(state.changed)
+        state.flush()
     finally:
         state.workers.close()

@@ -102,12 +102,11 @@ class Dispatch:
                 if not asks:
                     break
                 worker = waiting[0]
-                self._free(worker)
+                self.queue(self._free(worker))
                 self.home[worker] = name
                 yield worker, asks
             while waiting and name not in self.requests:  # the space is exhausted, or another has the last trial
-                self._free(waiting[0])
-            self.queue(search)
+                self.queue(self._free(waiting[0]))
 
     def ended(self, search: CellSearch, seconds: float | None) -> None:
         """A trial of a cell came to an end, after so many seconds, or was lost."""

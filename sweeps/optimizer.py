@@ -64,7 +64,6 @@ class Optimizer:
         self.space, self.seed, self.initial, self.acquisition = dict(space), seed, initial, acquisition
         self._points: list[Point] = []
         self._objectives: list[float | None] = []
-        self._dimensions = [_skopt_dimension(dimension) for dimension in self.space.values()]
         self._design = np.empty((0, len(self.space)))  # the first points of the Sobol sequence
 
     def tell(self, params: Mapping[str, Any], objective: float | None) -> None:
@@ -135,9 +134,10 @@ class Optimizer:
     @cached_property
     def _real(self) -> skopt.Optimizer:
         """scikit-optimize's optimiser that is told real results."""
-        columns = skopt.Space(normalize_dimensions(self._dimensions)).transformed_n_dims
+        dimensions = [_skopt_dimension(dimension) for dimension in self.space.values()]
+        columns = skopt.Space(normalize_dimensions(dimensions)).transformed_n_dims
         return skopt.Optimizer(
-            self._dimensions, _process(_prior(columns)), n_initial_points=_enough(self.initial),
+            dimensions, _process(_prior(columns)), n_initial_points=_enough(self.initial),
             acq_func=self.acquisition, acq_optimizer="sampling", acq_optimizer_kwargs={"n_points": NOMINEES},
             model_queue_size=1, random_state=_seed(self.seed))
 
