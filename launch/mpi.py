@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import queue
+import socket
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launch import devices, worker
+from launch.logs import share
 from sweeps.crew import Event
 from sweeps.journal import RunError
 
@@ -303,9 +305,8 @@ class _Rank:
     def evaluate(self, evaluate: str, logs: str) -> None:
         """The other thread: import the function, then answer trial after trial."""
         name = _name(self.comm.rank)
-        log = os.open(Path(logs, f"{name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        # One file per machine: a file per rank would be tens of thousands on a large one.
+        share(Path(logs, f"{socket.gethostname().partition('.')[0]}.log"), name)
         try:
             function = worker.load(evaluate)
         except Exception as error:

@@ -1,7 +1,8 @@
 """Processes that evaluate trials: started here (`LocalWorkers`) or by an MPI launcher (`MpiWorkers`).
 
 Both kinds speak JSON text. A worker imports the evaluation ("module:function") itself, after its environment
-is set (`launch.devices`); the coordinator never imports JAX. Worker k prints to <folder>/logs/worker-<k>.log.
+is set (`launch.devices`); the coordinator never imports JAX. What they print goes to <folder>/logs/: a file for each
+local worker, one for all MPI workers of a machine, every line with the trial it is about (`launch.logs`).
 """
 
 from __future__ import annotations

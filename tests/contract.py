@@ -87,7 +87,7 @@ def illness_is_a_status_and_chatter_goes_to_the_log(make: Maker, folder: Path) -
         assert statuses[1] == "the cost rose; lower lambda_tv"
         assert statuses[2].startswith("ValueError: lambda_tv is too much (evaluators.py:")
         assert found[5].results[0]["objective"] is None and found[5].results[0]["metrics"] == {"nrmse": None}
-    logs = "".join(path.read_text(errors="replace") for path in (folder / "logs").glob("worker-*.log"))
+    logs = "".join(path.read_text(errors="replace") for path in (folder / "logs").glob("*.log"))
     assert "neither is this" in logs and "is not for the coordinator" in logs and "Traceback" in logs
 
 
