@@ -16,7 +16,7 @@ from launch import resources
 
 P = ParamSpec("P")
 REFUSED = 2  # exit status for what the user can mend
-RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # how MPI launchers number their processes
+RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # how MPI launchers number their processes
 
 app = typer.Typer(
     name="tomoatlas",

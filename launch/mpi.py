@@ -8,8 +8,10 @@ from __future__ import annotations
 import atexit
 import ctypes
 import json
+import math
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -20,20 +22,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launch import devices, worker
+from launch.lifelines import Lifelines, hold, is_cut
 from launch.logs import share
 from sweeps.crew import Event
 from sweeps.journal import RunError
 
 SETUP, TRIAL, READY, RESULT, DEAD, BEAT, LEAVE, GONE = range(1, 9)  # tags
 HEARTBEAT = 5.0  # [s]
-SILENCE = 60.0  # [s] after which a rank counts as lost; its heart beats while it compiles and solves
+SILENCE = 60.0  # [s] after which a rank counts as lost though its connection stands: a node is gone, a process stopped
 ABANDONED = 600.0  # [s] of silence after which a worker leaves; rank 0 may be busy for minutes
+BROKEN = "others have died"  # word to leave: MPI_Finalize would hang
 _broken = False  # a rank was lost: MPI_Finalize would wait for it for ever
+_stuck = False  # it may still be there: the launcher would wait for it for ever
 
 
 def world(env: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """(rank, size) in the world of an MPI launcher; without one (0, 1), and mpi4py is not imported."""
-    names = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
+    names = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")  # a batch script is one process
     expected = max(int(env.get(name) or 1) for name in names)
     if expected == 1:
         return 0, 1
@@ -57,14 +62,20 @@ def leave(code: int) -> NoReturn:
     """End this process, under MPI or not, with an exit status."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if _stuck:
+        from mpi4py import MPI
+
+        time.sleep(1)  # until the launcher has passed on what was printed: it drops the rest
+        MPI.COMM_WORLD.Abort(code)
     if _broken:
         os._exit(code)
     sys.exit(code)
 
 
-def _break() -> None:
-    """From now on MPI_Finalize would hang."""
-    global _broken
+def _break(stuck: bool = False) -> None:
+    """From now on MPI_Finalize would hang. stuck: so would the launcher."""
+    global _broken, _stuck
+    _stuck |= stuck
     if not _broken:
         atexit.register(leave, 2)  # an error may end the process without a word to `leave`
     _broken = True
@@ -73,8 +84,8 @@ def _break() -> None:
 class MpiWorkers:
     """Ranks 1, 2, ... as rank 0 sees them.
 
-    A rank is lost when MPI says so (Open MPI with --with-ft ulfm) or when its heart stops, and is not
-    replaced. MPICH's mpiexec ends the whole job instead; running again continues it.
+    A rank is lost when its connection closes (`launch.lifelines`), when MPI says so (Open MPI with --with-ft ulfm) or
+    when its heart stops, and is not replaced. MPICH's mpiexec ends the whole job instead; running again continues it.
     """
 
     def __init__(self, evaluate: str, share: int = 1) -> None:
@@ -90,14 +101,16 @@ class MpiWorkers:
         self._letters: list[Any] = []  # sends under way
         self._late: list[int] = []  # ranks given up in a trial, whose hearts beat
         self._news: list[Event] = []
+        self._lines = Lifelines(self._comm.size)
         _neighbours(self._comm)
 
     def start(self, folder: Path) -> None:
         """Tell every rank what to evaluate; it is idle when it has imported that."""
         logs = folder.resolve() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
+        setup = {"evaluate": self._evaluate, "logs": str(logs), "share": self._share, "line": self._lines.address}
         for rank in self._alive:
-            self._send(rank, json.dumps({"evaluate": self._evaluate, "logs": str(logs), "share": self._share}), SETUP)
+            self._send(rank, json.dumps(setup), SETUP)
             self._heard[rank] = time.monotonic()
 
     def names(self) -> list[str]:
@@ -136,13 +149,14 @@ class MpiWorkers:
     def _receive(self) -> list[Event]:
         events: list[Event] = []
         status = self._mpi.Status()
+        cut = self._lines.cut()  # before the last words of those ranks are read
         try:
             while self._comm.iprobe(status=status):
                 rank, tag = status.Get_source(), status.Get_tag()
                 events += self._take(rank, tag, self._comm.recv(source=rank, tag=tag))
         except self._mpi.Exception as error:
             events += self._failed(error)
-        return events
+        return events + [event for rank in cut for event in self._lose(rank, f"{_name(rank)} died")]
 
     def _take(self, rank: int, tag: int, text: str) -> list[Event]:
         if tag == GONE:
@@ -172,7 +186,7 @@ class MpiWorkers:
             self._send(rank, "", BEAT)
         silent = [rank for rank in self._alive if now - self._heard.get(rank, now) > SILENCE]
         reason = f"gave no sign of life for {SILENCE:.0f} s"
-        return [self._lose(rank, f"{_name(rank)} {reason}") for rank in silent]
+        return [event for rank in silent for event in self._lose(rank, f"{_name(rank)} {reason}", stuck=True)]
 
     def _failed(self, error: Exception) -> list[Event]:
         """The ranks that a fault-tolerant MPI reports as dead."""
@@ -182,14 +196,21 @@ class MpiWorkers:
         except (NotImplementedError, self._mpi.Exception):
             raise RunError(f"MPI failed ({error}); nothing that was finished is lost: run again") from error
         dead = group.Translate_ranks(range(group.size), self._comm.group)
-        return [self._lose(rank, f"{_name(rank)} died") for rank in dead if rank in self._alive]
+        return [event for rank in dead for event in self._lose(rank, f"{_name(rank)} died")]
 
-    def _lose(self, rank: int, reason: str) -> Event:
-        _break()
-        self._alive.remove(rank)
-        self._present.discard(rank)
+    def _lose(self, rank: int, reason: str, stuck: bool = False) -> list[Event]:
+        """Count a rank out; news of it, unless it has left or was given up before."""
+        if rank not in self._present:
+            return []
+        _break(stuck)
+        self._present.remove(rank)
         self._idle.discard(rank)
-        return Event(_name(rank), lost=reason)
+        if rank in self._late:
+            self._late.remove(rank)
+        if rank not in self._alive:
+            return []
+        self._alive.remove(rank)
+        return [Event(_name(rank), lost=reason)]
 
     def _send(self, rank: int, text: str, tag: int) -> None:
         # Never a blocking send: the rank may be dead without our knowing yet, which `poll` finds out.
@@ -208,15 +229,23 @@ class MpiWorkers:
     def __exit__(self, *_: object) -> None:
         """Send the ranks home and wait for them: MPI_Finalize fails where a message is left unread."""
         for rank in self._present:
-            self._send(rank, "", LEAVE)
+            self._send(rank, BROKEN if _broken else "", LEAVE)
         deadline = time.monotonic() + SILENCE
-        while self._present and not _broken:
+        while self._present and time.monotonic() < deadline:
             self._receive()
             time.sleep(0.005)
-            if time.monotonic() > deadline:
-                _break()
+        if self._present:
+            _break(stuck=True)
         if not _broken:
-            self._mpi.Finalize()
+            _finalize(self._mpi)
+
+
+def _finalize(mpi: Any) -> None:
+    """End MPI, or this process, where others have died since they were sent home."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(math.ceil(SILENCE))
+    mpi.Finalize()
+    signal.alarm(0)
 
 
 def _name(rank: int) -> str:
@@ -262,6 +291,7 @@ class _Rank:
         self.outbox: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self.busy = False
         self.heard = self.beat = time.monotonic()
+        self.line: socket.socket | None = None
 
     def run(self) -> None:
         """Until told to leave."""
@@ -270,7 +300,7 @@ class _Rank:
             while self.comm.iprobe(source=0, status=status):
                 text, self.heard = self.comm.recv(source=0, tag=status.Get_tag()), time.monotonic()
                 if status.Get_tag() == LEAVE:
-                    return self.leave()
+                    return self.leave(text == BROKEN)
                 self.take(status.Get_tag(), text)
             self.live()
             try:
@@ -285,6 +315,7 @@ class _Rank:
         """Act on a message from rank 0."""
         if tag == SETUP:
             setup = json.loads(text)
+            self.line = hold(setup.pop("line"), self.comm.rank)
             index, workers, threads = self.place
             os.environ.update(devices.environment(index, workers, os.environ, threads, share=setup.pop("share")))
             self.busy = True
@@ -296,7 +327,7 @@ class _Rank:
     def live(self) -> None:
         """Let the heart beat, and leave a coordinator that is gone."""
         now = time.monotonic()
-        if now - self.heard > ABANDONED:
+        if is_cut(self.line) or now - self.heard > ABANDONED:
             os._exit(1)
         if now - self.beat > HEARTBEAT:
             self.beat = now
@@ -317,13 +348,17 @@ class _Rank:
         while True:
             self.outbox.put((RESULT, worker.answer(function, self.inbox.get())))
 
-    def leave(self) -> None:
-        """Say goodbye; a trial that still runs ends with the process."""
+    def leave(self, broken: bool) -> None:
+        """Say goodbye; a trial that still runs ends with the process. broken: others have died."""
         self.comm.send("", 0, GONE)
+        if broken:
+            # MPICH's mpiexec ends all when one goes like this: rank 0 has to be the first.
+            while self.line is not None and not is_cut(self.line) and time.monotonic() - self.heard < ABANDONED:
+                time.sleep(0.02)
+            os._exit(0)
         if not self.busy:
-            self.mpi.Finalize()
-            return
+            return _finalize(self.mpi)
         # Not os._exit: MPICH tells its launcher only in C's exit handlers that it has finalized, and a process that is
         # gone without a word has failed and takes the job with it. Python's own shutdown would wait for the trial.
-        self.mpi.Finalize()
+        _finalize(self.mpi)
         ctypes.CDLL(None).exit(0)

@@ -1,5 +1,6 @@
 """Evaluations for tests: quick, without JAX or the engine, and ill in every way a worker can be ill."""
 
+import contextlib
 import functools
 import math
 import os
@@ -73,6 +74,18 @@ def deadly(message: Message) -> dict[str, Any]:
     """Trial 4 kills its worker, and with it what is solved beside it."""
     if message["trial"] == 4:
         os.kill(os.getpid(), signal.SIGKILL)
+    return _landscape(message)
+
+
+@each
+def fated(message: Message) -> dict[str, Any]:
+    """The first trial 3 of the run kills its worker, and writes down when."""
+    time.sleep(0.2)
+    if message["trial"] == 3:
+        with contextlib.suppress(FileExistsError), Path(message["folder"], "killed").open("x") as file:
+            file.write(f"{message['cell']} {time.time()}")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
     return _landscape(message)
 
 

@@ -195,6 +195,30 @@ def test_a_cancelled_job_is_not_continued_by_itself_and_goes_on_when_submitted_a
     assert f"continuing: {done} of 24 trials are finished" in bench.log()
 
 
+def test_a_rank_that_is_killed_costs_its_trial_one_attempt_and_the_sweep_ends(bench, capsys):
+    bench.submit(6, "fated")
+    bench.gone()
+    bench.once()
+    cell, killed = (bench.out / "killed").read_text().split()
+    (lost,) = bench.events("lost")
+    assert (lost["cell"], lost["trial"], lost["attempt"]) == (cell, 3, 0) and "died" in lost["reason"]
+    (row,) = (event for event in bench.events("result") if (event["cell"], event["trial"]) == (cell, 3))
+    assert (row["attempt"], row["status"]) == (1, "ok") and row["worker"] != lost["worker"]
+    assert "all trials are done" in bench.log() and bench.seen()["failed"] == 0
+    with capsys.disabled():
+        print(f" [noticed {lost['time'] - float(killed):.2f} s after the kill, srun --mpi=pmi2]")
+
+
+def test_tasks_that_do_not_find_each_other_are_refused_with_the_word_for_srun(bench):
+    (bench.folder / "small.yaml").write_text(SWEEP % (3, 3))
+    command = ["srun", "--ntasks=3", "--mpi=none", sys.executable, "-m", "tests.quick", "landscape", "run",
+               bench.folder / "small.yaml", "--out", bench.out]
+    done = subprocess.run(command, env={**os.environ, **bench.env}, cwd=ROOT, capture_output=True, text=True)
+    assert "3 processes were started, but each finds itself alone" in done.stderr
+    assert done.stderr.count("srun --mpi=pmi2") == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and not bench.out.exists()
+
+
 def test_two_nodes_have_the_same_workers_and_the_first_one_the_coordinator_too(bench):
     # Both nodes are this machine, with one disk: nothing is copied to it, and the job goes on without.
     bench.submit(3, RANK, "--nodes", 2, "--partition", "pair", local="/proc/nowhere")

@@ -94,11 +94,11 @@ def alive(pid):
 @needs_mpi
 def test_a_launcher_that_does_not_know_our_mpi_is_refused_with_the_word_for_srun():
     code = "from launch.workers import world\nprint(world())"
-    env = {**os.environ, "SLURM_NTASKS": "4"}
+    env = {**os.environ, "SLURM_STEP_NUM_TASKS": "4"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert "RunError: 4 processes were started, but each finds itself alone" in done.stderr
     assert "srun --mpi=pmi2" in done.stderr
-    del env["SLURM_NTASKS"]
+    del env["SLURM_STEP_NUM_TASKS"]
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=env) == "(0, 1)\n"
 
 
