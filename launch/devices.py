@@ -41,7 +41,9 @@ def environment(index: int, workers: int, env: Mapping[str, str], threads: int |
     threads = max(1, len(os.sched_getaffinity(0)) // workers) if threads is None else threads
     gpus = visible_gpus(env) if gpus is None else gpus
     flags = _flags(env.get("XLA_FLAGS", ""), 1 if gpus else share)
-    chosen = {"JAX_COMPILATION_CACHE_DIR": str(cache_folder(env) / "jax"), **_threads(threads, flags)}
+    # By itself JAX keeps only what took a second to compile; the many small programs of a solve take two together.
+    chosen = {"JAX_COMPILATION_CACHE_DIR": str(cache_folder(env) / "jax"),
+              "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **_threads(threads, flags)}
     shared = _share(index, workers, gpus) if gpus else {}
     # GPUs are narrowed within what was given and flags added to it; everything else that was given stands.
     added = {name: value for name, value in shared.items() if name == "CUDA_VISIBLE_DEVICES"} | {"XLA_FLAGS": flags}

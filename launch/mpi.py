@@ -6,6 +6,7 @@ Nobody blocks in MPI, where waiting spins on a core: both sides probe and sleep.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import json
 import math
@@ -266,11 +267,23 @@ def _neighbours(comm: Any) -> tuple[int, int, int]:
     gpus = str(comm.rank) if bound else os.environ.get("CUDA_VISIBLE_DEVICES", "all")
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     views = [view for view in node.allgather((comm.rank, cores, gpus)) if view[0] != 0]
+    _forget_names()
     node.Free()
     sharing = [rank for rank, _, theirs in views if theirs == gpus]
     crowd = sum(bool(theirs & cores) for _, theirs, _ in views)
     index = sharing.index(comm.rank) if comm.rank else 0
     return index, max(1, len(sharing)), max(1, len(cores) // max(1, crowd))
+
+
+def _forget_names() -> None:
+    """Unlink MPICH's shared memory, which every rank of the node has mapped by now.
+
+    It is named after job and step: what a kill leaves behind makes a requeued job hang in MPI_Init.
+    """
+    with contextlib.suppress(OSError):
+        for name in {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()
+                     if "/dev/shm/mpich_shm_" in line}:
+            Path(name).unlink(missing_ok=True)
 
 
 def serve() -> None:

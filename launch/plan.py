@@ -63,13 +63,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep's costs. series: a line for each measured series; kept, stages: bytes on the disk."""
+    """A sweep's costs. series: a line for each measured series; kept, stages: bytes on the disk.
+
+    files: what the folder of a finished run holds at most, by kind.
+    """
 
     sweep: Sweep
     costs: list[Cost]
     series: list[str]
     kept: int
     stages: int
+    files: dict[str, int]
 
     @property
     def trials(self) -> int:
@@ -95,7 +99,30 @@ def plan(sweep: Sweep) -> Plan:
     largest = max(cost.extent.volume for cost in costs)
     truths = 0 if isinstance(sweep.data, Measured) else largest
     stages = sum(cost.extent.projections for cost in costs) + truths
-    return Plan(sweep, costs, list(series), kept * largest, stages)
+    return Plan(sweep, costs, list(series), kept * largest, stages, _files(sweep, costs, kept))
+
+
+TABLES = 60  # arrays of atlas.zarr besides those of axes, tunables and folds, of which there are up to two and two more
+HISTORIES = 4  # of a solve's cost, in every volume
+FIXED = 20  # journal, summary, settings, the report and its figures
+
+
+def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
+    """How many files a run leaves at most. An array is its metadata and one file for each element, or one.
+
+    A winner's volume lies in the atlas and in volumes/, where a disk can as one file of two names.
+    """
+    volume = 2 + max(len(cost.extent.elements) for cost in costs) + 2 * HISTORIES
+    published = len(costs) if kept else 0
+    folds = sweep.search.folds + 2 if sweep.search.objective == "heldout" else 0
+    sizes = {(cost.extent.elements, cost.extent.shape) for cost in costs}
+    return {
+        "volumes": (kept + published) * volume,
+        "tables": 2 * (TABLES + 2 * (len(grid.axes(sweep)) + len(list(tunables(sweep))) + folds)),
+        "prepared data": 0 if isinstance(sweep.data, Measured) else len(costs) + len(sizes),
+        "best settings": len(costs),
+        "others": FIXED,
+    }
 
 
 def _cost(cell: Cell, extent: Extent) -> Cost:
@@ -278,6 +305,11 @@ def text(plan: Plan, available: int, where: str, folder: Path) -> str:
             "disk",
             f"{size(plan.kept)} volumes (output.save: {sweep.output.save}) + {size(plan.stages)} prepared "
             f"data; {size(disk_free(folder))} free",
+        ],
+        [
+            "files",
+            f"{sum(plan.files.values()):,} at most ({', '.join(f'{n:,} {kind}' for kind, n in plan.files.items())}), "
+            "a log for each local worker or node, and one for each job",
         ],
         [
             "time",

