@@ -170,3 +170,10 @@ def slow_or_quick(message: Message) -> dict[str, Any]:
 def echo(message: Message) -> dict[str, Any]:
     """The trial, as a result."""
     return {**message, "status": "ok", "objective": 0.0}
+
+
+@each
+def surroundings(message: Message) -> dict[str, Any]:
+    """What the worker's environment says about devices."""
+    return {"status": "ok", "objective": 0.0, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "flags": os.environ["XLA_FLAGS"], "pool": os.environ["NPROC"]}

@@ -1,11 +1,13 @@
 """Logs that many workers share: no line is torn, and each says which trial it is about."""
 
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.contract import answers, batch, local, message
+from tests.test_workers import needs_mpi, ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 CHATTER = """if True:
@@ -41,3 +43,15 @@ def test_a_traceback_names_its_trial_on_every_line(tmp_path):
     assert lines[start] == "all-2 | Traceback (most recent call last):"
     assert any(line == "all-2 | ValueError: lambda_tv" for line in lines)
     assert any(line.startswith("all-0 all-6 | ") for line in lines)
+
+
+@needs_mpi
+def test_mpi_workers_of_a_node_share_one_file_in_which_each_line_names_worker_and_trial(tmp_path):
+    done = ranks(3, "tests.contract", "illness_is_a_status_and_chatter_goes_to_the_log", tmp_path)
+    assert done.stdout.startswith("kept\n"), done.stderr
+    (log,) = (tmp_path / "logs").iterdir()
+    assert log.name == socket.gethostname().partition(".")[0] + ".log"
+    lines = log.read_text(errors="replace").splitlines()
+    said = [line for line in lines if "is not for the coordinator" in line]
+    assert len(said) == 5 and all(re.match(r"worker-[12] all-[01256] \| ", line) for line in said)
+    assert any(re.fullmatch(r"worker-[12] all-2 \| Traceback \(most recent call last\):", line) for line in lines)

@@ -169,8 +169,8 @@ def test_before_the_time_limit_a_job_ends_its_trials_requeues_itself_and_continu
     bench.open(20)
 
     def again():
+        time.sleep(4)  # started in the same second, the job would fail: "Job credential revoked"
         told(bench.env, "scontrol", "update", f"jobid={number}", "StartTime=now")  # Slurm waits two minutes otherwise
-        time.sleep(4)
         return "1 times continued" in bench.log()
 
     until(again, 100)
