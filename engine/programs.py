@@ -60,7 +60,7 @@ def _waited(event: str, **_: Any) -> None:
             pause = min(2 * pause, 0.2)
 
 
-def _released(event: str, duration: float, **_: Any) -> None:
+def _released(event: str, duration_secs: float, **_: Any) -> None:
     global _lock
     if event == _COMPILED and _lock is not None:
         os.close(_lock)
