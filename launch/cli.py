@@ -85,13 +85,12 @@ def run(
     ] = None,
     out: Out = None,
     workers: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             "--workers",
-            min=1,
-            metavar="N",
-            help="Local worker processes; default: one per GPU, else two. "
-            "Under MPI the other ranks are the workers.",
+            metavar="N|dask[:PLACE]",
+            help="Local worker processes; default: one per GPU, else two. Under MPI the other ranks are the workers. "
+            "dask: a dask cluster on this machine; dask:tcp://HOST:PORT or dask:SCHEDULER_FILE.json: one that runs.",
         ),
     ] = None,
     changes: Set = None,
@@ -112,6 +111,8 @@ def run(
     tomoatlas run sweep.yaml --set data.size=64 --workers 2
 
     mpiexec -n 9 tomoatlas run sweep.yaml --out /scratch/me/sweep
+
+    tomoatlas run sweep.yaml --workers dask:/scratch/me/scheduler.json
     """
     if file is None:
         refuse(

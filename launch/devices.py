@@ -91,3 +91,8 @@ def visible_gpus(env: Mapping[str, str]) -> list[str]:
     if "CUDA_VISIBLE_DEVICES" in env:
         return [name for name in env["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
     return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def bound(env: Mapping[str, str]) -> bool:
+    """Whether Slurm has given this process GPUs of its own, often called 0 in every process."""
+    return "SLURM_GPUS_PER_TASK" in env or "gpu" in env.get("SLURM_TRES_PER_TASK", "")

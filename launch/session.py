@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from launch import devices, mpi, plan, workers
+from launch import dask_workers, devices, mpi, plan, workers
 from launch.advisers import SideAdvisers, useful
 from launch.plan import Plan
 from sweeps import grid
@@ -26,29 +26,33 @@ from sweeps.settings import SettingsError, Sweep
 EVALUATE = "sweeps.trial:run"
 AGAIN = 75  # exit status, EX_TEMPFAIL of sysexits.h: the job's time was too short, the next one continues
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LAUNCHED = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # how MPI launchers tell the number of their processes
 FILLED = 4 * 256**3  # voxels times elements that keep a large GPU busy: more at once take longer in proportion
 ROUNDS = 4  # batches of a search at least
 
 
 def run(
-    sweep: Sweep, out: Path | None, count: int | None, again: str | None, evaluate: str = EVALUATE
+    sweep: Sweep, out: Path | None, chosen: str | None, again: str | None, evaluate: str = EVALUATE
 ) -> int:
     """Carry out a sweep, or serve it as an MPI worker; the exit status.
 
-    out: the run folder, by default runs/<name>. count: local workers, by default one per GPU or two.
+    out: the run folder, by default runs/<name>.
+    chosen: what --workers says: a number of local workers, by default one per GPU or two; or "dask", "dask:PLACE".
     again: the id of a cell to run from its first trial.
     Raises SettingsError, DataError or RunError, before anything is written, for what cannot run.
     """
-    rank, size = mpi.world()
+    count, place = chosen_workers(chosen)
+    rank, size = (0, 1) if place is not None else mpi.world()
     if rank > 0:
         mpi.serve()
         return 0
     share = max(cell.sweep.solver.devices for cell in grid.cells(sweep))
-    count = count or local_count(share)
-    room = gpu_room(count if size == 1 else 1)
-    crew: Workers = mpi.MpiWorkers(evaluate, share) if size > 1 else workers.LocalWorkers(count, evaluate, share)
+    count, far = count or local_count(share), size > 1 or bool(place)
+    room = gpu_room(1 if far else count)
+    crew: Workers = (dask_workers.DaskWorkers(evaluate, share, place, count) if place is not None else
+                     mpi.MpiWorkers(evaluate, share) if size > 1 else workers.LocalWorkers(count, evaluate, share))
     # Other ranks may run on other machines, of whose memory this one knows nothing.
-    memory = (0, "") if size > 1 else plan.memory_here(count)
+    memory = (0, "") if far else plan.memory_here(count)
     with crew:
         return _coordinate(sweep, RunFolder(out or Path("runs") / sweep.name), crew, size - 1 or count, again, memory,
                            room)
@@ -80,6 +84,23 @@ def _coordinate(sweep: Sweep, folder: RunFolder, crew: Workers, count: int, agai
         print(f"best    {folder.best}{os.sep}<cell>.yaml, each runs again with: tomoatlas run")
         print(f"atlas   {folder.atlas}, for example: xarray.open_zarr({str(folder.atlas)!r})")
     return ending(summary, stop.number)
+
+
+def chosen_workers(chosen: str | None) -> tuple[int | None, str | None]:
+    """What --workers says: a number of workers, or the place of a dask cluster, "" for one that is started here."""
+    if chosen is None:
+        return None, None
+    kind, _, place = chosen.partition(":")
+    if kind == "dask" and chosen != "dask:":
+        launched = next((name for name in LAUNCHED if int(os.environ.get(name) or 1) > 1), None)
+        if launched:
+            raise SettingsError(f"--workers {chosen}: this command was started by an MPI launcher ({launched}), whose "
+                                "ranks would be the workers: start it once, or leave out --workers")
+        return None, place
+    if not chosen.isdecimal() or int(chosen) < 1:
+        raise SettingsError(f"--workers {chosen}: write a number from 1, or dask, dask:tcp://HOST:PORT or "
+                            "dask:SCHEDULER_FILE.json")
+    return int(chosen), None
 
 
 def ending(summary: Summary, number: int) -> int:

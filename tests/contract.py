@@ -1,5 +1,7 @@
 """What every kind of workers must do. `mpiexec -n 3 python -m tests.contract NAME FOLDER`: MPI workers do."""
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import mpi, workers
+from launch.dask_workers import DaskWorkers
 from launch.workers import LocalWorkers, MpiWorkers
 from sweeps.crew import Event, Workers
 
@@ -151,6 +154,46 @@ def a_worker_stuck_in_a_trial_is_given_up(make: Maker, folder: Path) -> None:
         assert time.monotonic() - started < 20
 
 
+def a_full_disk_is_fatal_and_no_fault_of_the_trial(make: Maker, folder: Path) -> None:
+    with make("full") as crew:
+        crew.start(folder)
+        found = answers(crew, [message(trial, folder) for trial in (0, 1)])
+        assert "fatal" not in found[0].results[0]
+        assert found[1].results[0]["fatal"] == f"{folder}/volumes/all-1-0.zarr: No space left on device"
+
+
+def a_worker_that_dies_in_a_trial_is_lost_once_and_comes_back(make: Maker, folder: Path) -> None:
+    """Not of MPI workers, whose job dies, or who are not replaced."""
+    with make("ill") as crew:
+        crew.start(folder)
+        until(crew, lambda: len(crew.idle()) == 2)
+        for trial in (3, 4):  # leaves; is killed by SIGKILL
+            worker = crew.idle()[0]
+            crew.submit(worker, message(trial, folder))
+            events: list[Event] = []
+            while not events:
+                events = crew.poll(0.05)
+            assert [(event.worker, event.results) for event in events] == [(worker, None)] and events[0].lost
+            assert not until(crew, lambda: len(crew.idle()) == 2)
+        assert len(crew.names()) == 2
+        assert {event.worker for event in answers(crew, [message(k, folder) for k in (6, 7)]).values()} <= set(
+            crew.names())
+
+
+def an_idle_worker_that_is_killed_comes_back(make: Maker, folder: Path) -> None:
+    """Not of MPI workers."""
+    with make("process") as crew:
+        crew.start(folder)
+        found = answers(crew, [message(0, folder)])[0]
+        os.kill(found.results[0]["pid"], signal.SIGKILL)
+        events: list[Event] = []
+        while not events:
+            events = crew.poll(0.05)
+        assert [(event.worker, event.results) for event in events] == [(found.worker, None)]
+        assert len(crew.names()) == 2
+        assert not until(crew, lambda: len(crew.idle()) == 2)
+
+
 def a_rank_given_up_comes_back_with_its_answer(make: Maker, folder: Path) -> None:
     """Of MPI workers only: a local worker is replaced."""
     with make("slow") as crew:
@@ -185,7 +228,11 @@ CHECKS = {check.__name__: check for check in (
     long_messages_arrive_whole,
     workers_that_cannot_import_their_evaluation_are_no_workers,
     a_worker_stuck_in_a_trial_is_given_up,
+    a_full_disk_is_fatal_and_no_fault_of_the_trial,
 )}
+# Also kept by kinds that replace their dead.
+REPLACED = {**CHECKS, **{check.__name__: check for check in (
+    a_worker_that_dies_in_a_trial_is_lost_once_and_comes_back, an_idle_worker_that_is_killed_comes_back)}}
 
 
 MPI_CHECKS = {**CHECKS, **{check.__name__: check for check in (
@@ -195,6 +242,11 @@ MPI_CHECKS = {**CHECKS, **{check.__name__: check for check in (
 def local(evaluate: str) -> LocalWorkers:
     """Two processes."""
     return LocalWorkers(2, f"tests.evaluators:{evaluate}")
+
+
+def dask(evaluate: str, address: str = "") -> DaskWorkers:
+    """Two processes of a dask cluster of our own, or those of another one."""
+    return DaskWorkers(f"tests.evaluators:{evaluate}", address=address, count=2)
 
 
 def ranks(evaluate: str) -> MpiWorkers:

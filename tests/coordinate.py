@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from launch import workers
+from launch.dask_workers import DaskWorkers
 from launch.workers import LocalWorkers, MpiWorkers
 from sweeps import grid, settings
 from sweeps.atlas import RunFolder
 from sweeps.coordinator import Observer, Summary, run
+from sweeps.crew import Workers
 from sweeps.journal import RunError
 from sweeps.settings import Sweep
 
@@ -53,6 +55,7 @@ def main() -> int:
     parser.add_argument("--order", default="free")
     parser.add_argument("--save", default="best")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--dask", action="store_true")
     parser.add_argument("--grace", type=float, default=20.0)
     asked = parser.parse_args()
     rank, size = workers.world()
@@ -64,7 +67,9 @@ def main() -> int:
         signal.signal(number, lambda number, _: signals.append(number))
     evaluate = f"tests.evaluators:{asked.evaluate}"
     chosen = sweep(asked.trials, asked.order, asked.save, initial=asked.initial)
-    with MpiWorkers(evaluate) if size > 1 else LocalWorkers(asked.workers, evaluate) as crew:
+    here: Workers = (DaskWorkers(evaluate, count=asked.workers) if asked.dask else
+                     LocalWorkers(asked.workers, evaluate))
+    with MpiWorkers(evaluate) if size > 1 else here as crew:
         try:
             summary = run(chosen, grid.cells(chosen), crew, RunFolder(asked.folder), Lines(),
                           lambda: len(signals), grace=lambda: asked.grace)

@@ -1,6 +1,7 @@
 """Evaluations for tests: quick, without JAX or the engine, and ill in every way a worker can be ill."""
 
 import contextlib
+import errno
 import functools
 import math
 import os
@@ -143,6 +144,31 @@ def stuck(message: Message) -> dict[str, Any]:
     """All but the first trial of a cell last a minute."""
     time.sleep(60 if message["trial"] else 0)
     return _landscape(message)
+
+
+@each
+def full(message: Message) -> dict[str, Any]:
+    """The disk is full when trial 1 writes its volume."""
+    if message["trial"] == 1:
+        raise OSError(errno.ENOSPC, "No space left on device", f"{message['folder']}/volumes/all-1-0.zarr")
+    return _landscape(message)
+
+
+@each
+def mortal(message: Message) -> dict[str, Any]:
+    """Trial 3 kills its worker at the first attempt."""
+    if message["trial"] == 3 and message["attempt"] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _landscape(message)
+
+
+@each
+def process(message: Message) -> dict[str, Any]:
+    """What process this is, how its signals are, and what it was given before JAX would be imported."""
+    names = ("JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS", "NPROC", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    ignored = [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    return {"status": "ok", "pid": os.getpid(), "ignored": all(ignored), "env": {name: os.environ.get(name)
+                                                                                for name in names}}
 
 
 @each

@@ -53,7 +53,7 @@ def small(tmp_path):
 def run_small(path, *, evaluate="tests.evaluators:landscape"):
     """A run of the small sweep with a quick evaluation; its exit status."""
     sweep = settings.load(path)
-    return session.run(sweep, path.parent / "out", 2, None, evaluate)
+    return session.run(sweep, path.parent / "out", "2", None, evaluate)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -308,7 +308,7 @@ def command(*words):
     code = (
         "import sys; from pathlib import Path; from launch import session; from sweeps import settings\n"
         "sweep, folder = settings.load(sys.argv[1]), Path(sys.argv[2])\n"
-        "sys.exit(session.run(sweep, folder, 2, None, 'tests.evaluators:slow'))"
+        "sys.exit(session.run(sweep, folder, '2', None, 'tests.evaluators:slow'))"
     )
     return [sys.executable, "-c", code, *map(str, words)]
 
