@@ -1,4 +1,4 @@
-"""The command `tomoatlas`: run, check, submit, init, status, report. Heavy imports wait until they are needed."""
+"""The command `tomoatlas`, verb by verb. Heavy imports wait until they are needed."""
 
 from __future__ import annotations
 
@@ -372,6 +372,46 @@ def report(folder: Folder) -> None:
     print(f"{drawn.table(folder)}\n")
     for path in drawn.write(folder):
         print(path)
+
+
+@app.command(short_help="Statistics and projections of all volumes.")
+@sentences
+def volumes(
+    folder: Folder,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default: FOLDER/statistics.")
+    ] = None,
+    over: Annotated[
+        str | None,
+        typer.Option(
+            "--over",
+            metavar="AXIS",
+            help="Compare volumes that differ only in this axis of the grid, such as replicate; trial: all trials of "
+            "a cell (output.save: all). Default: all volumes of a shape together.",
+        ),
+    ] = None,
+) -> None:
+    """Statistics and projections of all volumes of an atlas, also of more than fit into memory; needs tomoatlas[dask].
+
+    Per element: mean, standard deviation, minimum and maximum of each voxel over the volumes; per volume: sums and
+    maxima along z, y and x, mean, total and percentiles. Writes volumes.zarr (a group for each shape, for
+    xarray.open_zarr), table.csv and pages of projections.
+
+    Examples:
+
+    tomoatlas volumes runs/quickstart
+
+    tomoatlas volumes fig4_cocuo --over replicate --out /scratch/me/statistics
+    """
+    from launch import progress
+    from sweeps import volumes as computed
+
+    with progress.share(sys.stdout) as tell:
+        target, files, text = computed.write(place(folder), out, over, tell)
+    print(f"\n{text}\n")
+    print(*files, sep="\n")
+    for group in computed.groups(target):
+        print(f"xarray.open_zarr({str(target / 'volumes.zarr')!r}, group={group!r})")
 
 
 def find(file: str) -> str:

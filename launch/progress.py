@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -105,3 +107,25 @@ def observer(stream: TextIO | None = None) -> Bar | Lines:
     """A bar if the stream (default: standard output) is a terminal, else plain lines."""
     stream = sys.stdout if stream is None else stream
     return Bar(stream) if stream.isatty() else Lines(stream)
+
+
+@contextlib.contextmanager
+def share(stream: TextIO) -> Iterator[Callable[[float, str], None]]:
+    """Something to tell the share of a work that is done, and what it is at: a bar on a terminal, else a line for each
+    new thing it is at."""
+    if not stream.isatty():
+        said = set[str]()
+
+        def line(done: float, words: str) -> None:
+            if words not in said:
+                said.add(words)
+                print(f"{100 * done:3.0f} % {words}", file=stream, flush=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(file=stream, highlight=False)) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda done, words: bar.update(task, completed=done, description=words.replace("[", r"\["))

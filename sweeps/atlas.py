@@ -197,7 +197,7 @@ class Atlas:
         if grown:
             root.attrs.update({"name": self.sweep.name, "system": self.sweep.system, "version": version(),
                                "commit": commit()})
-            _consolidate(path)
+            consolidate(path)
         self.summary = summarise(self.sweep, self.cells, self.history)
         write_aside(self.folder.summary, json.dumps(plain(self.summary), indent=1))
         self._when = self._clock.monotonic()
@@ -314,7 +314,7 @@ def _cell_summary(cell: Cell, history: History) -> dict[str, Any]:
     }
 
 
-def _consolidate(path: Path) -> None:
+def consolidate(path: Path) -> None:
     """Copy all metadata into the root: `xarray.open_zarr(path)` is quiet and quick only then."""
     with warnings.catch_warnings():
         # It is no part of the Zarr 3 specification yet, says zarr; readers that do not know it ignore it.

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, StrMethodFormatter
@@ -371,3 +372,37 @@ def _scale_bar(ax: Axes, wide: int, high: int, voxel: float) -> None:
         fontsize=7,
     )
     words.set_path_effects([withStroke(linewidth=2, foreground="black")])  # legible on bright voxels, too
+
+
+def projections(pictures: Sequence[Picture], tops: Mapping[str, float], voxel: float, caption: str) -> Figure:
+    """Every element of every volume in blocks of a row per element, at most eight volumes to a block.
+
+    tops: the upper end of each element's scale, which starts at 0. voxel: [nm].
+    """
+    blocks = -(-len(pictures) // 8)
+    across = -(-len(pictures) // blocks)
+    high, wide = pictures[0].images.shape[1:]
+    lines = max(len(picture.title.splitlines()) for picture in pictures)
+    tall = 1.5 * min(2.0, max(0.4, high / wide))
+    size = (1.6 * across + 0.9, blocks * (len(tops) * (tall + 0.06) + 0.13 * lines + 0.1) + 0.6)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
+    figure = Figure(figsize=(max(size[0], 4.2), size[1]), layout=layout)
+    axes = figure.subplots(blocks * len(tops), across, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for place, picture in enumerate(pictures):
+        block, column = divmod(place, across)
+        for k, (element, top) in enumerate(tops.items()):
+            ax = axes[block * len(tops) + k, column]
+            ax.set_axis_on()
+            ax.set(xticks=[], yticks=[])
+            ax.imshow(picture.images[k], cmap=SLICES, norm=Normalize(0.0, top or 1.0), interpolation="nearest",
+                      origin="lower")
+            if k == 0:
+                ax.set_title(picture.title, fontsize=7, pad=3)
+            if column == 0:
+                ax.set_ylabel(element, fontsize=9, rotation=0, labelpad=10, va="center")
+    _scale_bar(axes[0, 0], wide, high, voxel)
+    scales = ", ".join(f"{element} 0 to {top:.3g}" for element, top in tops.items())
+    figure.supxlabel(f"{caption}; y up, x (tilt axis) across\nscale of each element: {scales} voxels", fontsize=8)
+    return figure

@@ -23,6 +23,7 @@ from sweeps.settings import SettingsError, Sweep, dump, load
 
 Message = dict[str, Any]
 VOLUME_AXES = ("element", "z", "y", "x")
+CHUNK = 1 << 23  # voxels: few files, and slabs of many volumes fit into memory together (sweeps.volumes)
 EMPTY: dict[str, Any] = {"status": "ok", "objective": None, "metrics": {}, "elements": {}, "checkpoints": [],
                          "iterations": 0, "seconds": 0.0, "batch": 1, "worker": "", "volume": None}
 Score = dict[str, Any]  # {"objective": float | None, "metrics": {...}, "elements": {name: {element: float}}}
@@ -304,8 +305,8 @@ def _write_volume(folder: Path, name: str, sweep: Sweep, solution: Solution) -> 
 
     group = zarr.open_group(folder / name, mode="w", zarr_format=3)
     volume = solution.volume
-    group.create_array("volume", data=volume, chunks=(1, *volume.shape[1:]),
-                       dimension_names=VOLUME_AXES)
+    planes = max(1, min(volume.shape[1], CHUNK // (volume.shape[2] * volume.shape[3])))
+    group.create_array("volume", data=volume, chunks=(1, planes, *volume.shape[2:]), dimension_names=VOLUME_AXES)
     for field, array in solution.fields.items():
         names = VOLUME_AXES[-array.ndim:] if array.shape == volume.shape[-array.ndim:] else (
             f"{field}_{axis}" for axis in range(array.ndim))

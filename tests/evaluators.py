@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,19 @@ def with_volume(message: Message) -> dict[str, Any]:
     group = zarr.open_group(Path(message["folder"]) / name, mode="w", zarr_format=3)
     group.create_array("volume", data=np.full((2, 4, 5, 6), 1 + message["trial"], "f4"), chunks=(1, 4, 5, 6),
                        dimension_names=("element", "z", "y", "x"))
+    group.attrs.update({"elements": ["Co", "O"], "voxel_nm": 2.5, "status": "ok"})
+    return {**result, "volume": name}
+
+
+@each
+def with_noise(message: Message) -> dict[str, Any]:
+    """The landscape, and a volume of noise that follows from the trial, as large as data.size says."""
+    result, size = _landscape(message), message["settings"]["data"]["size"]
+    name = f"volumes/{message['cell']}-{message['trial']}-{message['attempt']}.zarr"
+    chance = np.random.default_rng(zlib.crc32(name.encode()))
+    volume = np.maximum(0, chance.normal(1, 1, (2, size // 2, size, 2 * size))).astype("f4")
+    group = zarr.open_group(Path(message["folder"]) / name, mode="w", zarr_format=3)
+    group.create_array("volume", data=volume, chunks=(1, 4, *volume.shape[2:]), dimension_names=("element", *"zyx"))
     group.attrs.update({"elements": ["Co", "O"], "voxel_nm": 2.5, "status": "ok"})
     return {**result, "volume": name}
 
