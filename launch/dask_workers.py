@@ -14,6 +14,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -174,6 +175,8 @@ class DaskWorkers:
 
     def _lost(self, seat: _Seat, sentence: str, ban: bool) -> list[Event]:
         del self._seats[seat.address]
+        if ban:  # nobody waits for it, so nobody else would tell
+            print(f"not used: {sentence}", file=sys.stderr, flush=True)
         if ban and seat.nanny:
             self._banned.add(seat.nanny)
         elif seat.nanny:

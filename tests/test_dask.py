@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import dask_side, dask_workers, resources, session
+from launch import dask_side, dask_workers, devices, resources, session
 from launch.dask_workers import DaskWorkers
 from sweeps.atlas import RunFolder
 from sweeps.coordinator import run
@@ -111,13 +111,44 @@ def test_a_worker_without_a_nanny_is_given_up_and_its_answer_brings_it_back(clus
         assert until(crew, lambda: alone in crew.idle()) == []
 
 
-def test_a_worker_has_its_environment_and_its_share_of_the_cores_before_jax(tmp_path):
+def everybody(crew, folder):
+    """What each worker says of itself, by name."""
+    for trial, worker in enumerate(crew.idle()):
+        crew.submit(worker, message(trial, folder))
+    told = until(crew, lambda: len(crew.idle()) == len(crew.names()))
+    return {event.worker: event.results[0] for event in told}
+
+
+def test_our_own_workers_have_their_environment_and_their_share_before_jax(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "_given", {**os.environ, "CUDA_VISIBLE_DEVICES": "3,4", "JAX_PLATFORMS": ""})
     with dask("process") as crew:
         crew.start(tmp_path)
-        found = [answers(crew, [message(0, tmp_path)])[0].results[0]]
-        cores = max(1, len(os.sched_getaffinity(0)) // 2)
-        assert found[0]["ignored"] and found[0]["env"]["OMP_NUM_THREADS"] == found[0]["env"]["NPROC"] == str(cores)
-        assert found[0]["env"]["JAX_COMPILATION_CACHE_DIR"]
+        until(crew, lambda: len(crew.idle()) == 2)
+        found = everybody(crew, tmp_path)
+    cores = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert [found[f"worker-{k}"]["env"]["CUDA_VISIBLE_DEVICES"] for k in (0, 1)] == ["3", "4"]
+    for result in found.values():
+        env = result["env"]
+        assert result["ignored"] and env["JAX_COMPILATION_CACHE_DIR"]
+        assert env["OMP_NUM_THREADS"] == env["NPROC"] == os.environ.get("NPROC", cores)
+
+
+def test_workers_of_another_cluster_share_out_the_gpus_of_their_machine(tmp_path, capfd):
+    env = {"CUDA_VISIBLE_DEVICES": "7,8", "JAX_PLATFORMS": "", "TMPDIR": str(tmp_path)}
+    file = tmp_path / "scheduler.json"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(started([*SCHEDULER, file], tmp_path / "scheduler.log"))
+        met(file.exists)
+        for k in range(3):
+            stack.enter_context(started([*WORKER, file], tmp_path / f"{k}.log", **env))
+        met(lambda: all("Registered to" in (tmp_path / f"{k}.log").read_text() for k in range(3)))
+        with dask("process", str(file)) as crew:
+            crew.start(tmp_path / "r")
+            (refused,) = until(crew, lambda: len(crew.idle()) == len(crew.names()) == 2)
+            found = everybody(crew, tmp_path)
+    assert "finds the GPUs 7, 8 taken by other workers of its machine: start one dask worker for" in refused.lost
+    assert refused.lost in capfd.readouterr().err
+    assert sorted(result["env"]["CUDA_VISIBLE_DEVICES"] for result in found.values()) == ["7", "8"]
 
 
 def test_too_late_for_an_environment_is_refused_with_the_remedy(monkeypatch):
@@ -188,7 +219,7 @@ def test_the_job_script_for_slurm_runs_a_sweep_over_scheduler_and_workers(tmp_pa
         (tmp_path / name).chmod(0o755)
     (tmp_path / "env/bin").mkdir(parents=True)
     (tmp_path / "env/bin/dask").symlink_to(DASK)
-    (tmp_path / "env/bin/tomoatlas").write_text(f"#!/bin/bash\nexec {sys.executable} -m launch.cli \"$@\"\n")
+    (tmp_path / "env/bin/tomoatlas").write_text(f"#!/bin/bash\nexec {sys.executable} -m tests.quick landscape \"$@\"\n")
     (tmp_path / "env/bin/tomoatlas").chmod(0o755)
     (tmp_path / "sweep.yaml").write_text(YAML)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "1",
