@@ -173,6 +173,12 @@ class DaskWorkers:
         return [] if seat is None else self._lost(seat, f"{seat.name} {reason}{self._last_words(seat)}",
                                                   ban=not seat.ready)
 
+    def _cut(self, address: str, reason: str) -> list[Event]:
+        """The way to a worker is lost, and to all the others: nobody is waited for any more."""
+        seat = self._seats.pop(address, None)
+        self._away = {}
+        return [] if seat is None or seat.late else [Event(seat.name, lost=f"{seat.name} {reason}")]
+
     def _lost(self, seat: _Seat, sentence: str, ban: bool) -> list[Event]:
         del self._seats[seat.address]
         if ban:  # nobody waits for it, so nobody else would tell
@@ -300,11 +306,12 @@ class _Link:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stir.wait(), LOOK)
             self._stir.clear()
-            await self._look()
+            if not await self._look():
+                return
 
-    async def _look(self) -> None:
-        """Compare the cluster with what is known of it."""
-        reason = "has left the dask cluster: it was killed, or its time or memory or machine has ended"
+    async def _look(self) -> bool:
+        """Compare the cluster with what is known of it; whether it can be looked at again."""
+        kind, reason = "gone", "has left the dask cluster: it was killed, or its time or memory or machine has ended"
         try:
             now = (await self._client.scheduler.identity(n_workers=-1))["workers"]
             new = {address: about for address, about in now.items()
@@ -312,18 +319,19 @@ class _Link:
             views = await self._client.run(dask_side.view, workers=list(new), on_error="return") if new else {}
         except Exception as error:  # of a connection or of the scheduler: nothing is left to rely on
             now, new, views = {}, {}, {}
-            reason = f"is out of reach: the dask scheduler at {self.place} does not answer ({error})"
+            kind, reason = "cut", f"is out of reach: the dask scheduler at {self.place} does not answer ({error})"
         for address in [address for address in self._known if address not in now or address in new]:
             del self._known[address]
-            self._news.put(("gone", address, f"({address}) {reason}"))
+            self._news.put((kind, address, f"({address}) {reason}"))
             future = self._futures.pop(address, None)
-            if future is not None:
+            if future is not None and kind == "gone":
                 await future.cancel()
         for address in new.keys() & views.keys():  # others have gone already
             seen = views[address]  # no view where tomoatlas is missing: preparing it will tell
             self._known[address] = {**new[address], "cores": seen["cores"] if isinstance(seen, dict) else []}
         for address in sorted(new.keys() & self._known.keys()):
             self._meet(address)
+        return kind == "gone"
 
     def _meet(self, address: str) -> None:
         about = self._known[address]
@@ -371,6 +379,8 @@ class _Link:
     async def _part(self, busy: list[str]) -> None:
         if self._watch is not None:
             self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
         if self._cluster is not None:
             for nanny in self._cluster.workers.values():
                 nanny.close_gracefully()  # it starts no worker any more
@@ -399,7 +409,9 @@ def _logged_to(path: Path) -> Any:
     """Dask's own words go to a file instead of the terminal."""
     handler = logging.FileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("distributed", "bokeh", "tornado", "asyncio")]
+    # Dask gives several of its loggers a handler of their own.
+    own = [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]
+    loggers = [logging.getLogger(name) for name in ("asyncio", "tornado", *own)]
     before = [(logger.handlers, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False

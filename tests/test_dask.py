@@ -14,7 +14,7 @@ import pytest
 from launch import dask_side, dask_workers, devices, resources, session
 from launch.dask_workers import DaskWorkers
 from sweeps.atlas import RunFolder
-from sweeps.coordinator import run
+from sweeps.coordinator import Observer, run
 from sweeps.grid import cells
 from sweeps.journal import RunError
 from sweeps.settings import SettingsError
@@ -180,6 +180,29 @@ def test_a_sweep_whose_workers_are_killed_ends_with_every_trial_once(tmp_path):
         summary = run(chosen, cells(chosen), crew, RunFolder(tmp_path / "r"))
     assert (summary.done, summary.failed, summary.stopped) == (22, 0, None)
     assert len(events(tmp_path / "r", "lost")) == 4  # once in every cell
+    assert_whole(tmp_path / "r", chosen)
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_dies_ends_the_run_with_a_sentence_and_the_next_run_continues(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(dask_workers, "LOOK", 0.5)
+    monkeypatch.setattr(dask_workers, "CONNECT", 5.0)  # so long the client tries to connect again
+    file, chosen = tmp_path / "scheduler.json", sweep(5)
+
+    class Killer(Observer):
+        def result(self, *_):
+            if scheduler.poll() is None:
+                scheduler.kill()
+                scheduler.wait()
+
+    with started([*SCHEDULER, file], tmp_path / "scheduler.log") as scheduler:
+        met(file.exists)
+        with started([*WORKER, file, "--death-timeout", "5"], tmp_path / "1.log"), dask("paced", str(file)) as crew:
+            with pytest.raises(RunError, match=r"no worker is left: worker-0 .* dask scheduler at .* does not answer"):
+                run(chosen, cells(chosen), crew, RunFolder(tmp_path / "r"), Killer())
+    assert capfd.readouterr().err == ""
+    with dask("paced") as crew:
+        assert run(chosen, cells(chosen), crew, RunFolder(tmp_path / "r")).stopped is None
     assert_whole(tmp_path / "r", chosen)
 
 
