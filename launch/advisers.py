@@ -36,6 +36,16 @@ def useful(workers: int, cells: int) -> int:
     return max(1, min(1 + workers // FED, cells, len(os.sched_getaffinity(0))))
 
 
+def shared_out(cells: Sequence[Cell], count: int) -> dict[str, int]:
+    """Which of `count` processes proposes for each cell.
+
+    Neighbours that share what they know go together; others are dealt out, for neighbours are busy at the same time.
+    """
+    if any(cell.sweep.search.strategy == "shared" for cell in cells):
+        return {cell.id: index * count // len(cells) for index, cell in enumerate(cells)}
+    return {cell.id: index % count for index, cell in enumerate(cells)}
+
+
 class SideAdvisers:
     """`count` processes; one that dies is replaced, and what it was asked is asked again."""
 
@@ -43,8 +53,7 @@ class SideAdvisers:
                  batches: Mapping[str, int] | None = None) -> None:
         self._sweep, self._batches = sweep, dict(batches or {})
         count = min(count, len(cells))
-        # Neighbours, which may share what they know, go to one process as far as can be.
-        self._of = {cell.id: index * count // len(cells) for index, cell in enumerate(cells)}
+        self._of = shared_out(cells, count)
         self._hear: list[set[str]] = [set() for _ in range(count)]
         for name, search in searches(cells, History(), self._batches).items():
             self._hear[self._of[name]] |= set(subscriptions(search))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.advisers import SideAdvisers
+from launch.advisers import SideAdvisers, shared_out
 from sweeps.advice import Advice, Event, Proposals
 from sweeps.crew import Event as Report
 from sweeps.grid import Cell
@@ -120,7 +120,7 @@ class SimulatedAdvisers:
     def __init__(self, real: SideAdvisers, cells: Mapping[str, Cell], count: int, clock: Clock,
                  ledger: Ledger) -> None:
         self._real, self._clock, self._ledger = real, clock, ledger
-        self._of = {name: index * count // len(cells) for index, name in enumerate(cells)}
+        self._of = shared_out(list(cells.values()), count)
         self._asked: list[deque[tuple[float, str]]] = [deque() for _ in range(count)]  # when, which cell
         self._free = [0.0] * count  # when each simulated process has done what it was asked
         self._made: dict[str, Advice] = {}  # answers whose time is not known: the process is asked in order
