@@ -29,7 +29,8 @@ from sweeps.crew import Event
 from sweeps.journal import RunError
 
 SETUP, TRIAL, READY, RESULT, DEAD, BEAT, LEAVE, GONE = range(1, 9)  # tags
-HEARTBEAT = 5.0  # [s]
+HEARTBEAT = 5.0  # [s] at least
+CROWD = 2e-3  # [s] by which each rank makes all hearts slower: rank 0 hears at most 500 beats in a second
 SILENCE = 60.0  # [s] after which a rank counts as lost though its connection stands: a node is gone, a process stopped
 ABANDONED = 600.0  # [s] of silence after which a worker leaves; rank 0 may be busy for minutes
 BROKEN = "others have died"  # word to leave: MPI_Finalize would hang
@@ -98,7 +99,8 @@ class MpiWorkers:
         self._alive = sorted(self._present)  # ranks that can evaluate
         self._idle: set[int] = set()
         self._heard: dict[int, float] = {}
-        self._beat = 0.0
+        self._beat, self._pulse = 0.0, max(HEARTBEAT, CROWD * self._comm.size)
+        self._silence = max(SILENCE, 3 * self._pulse)
         self._letters: list[Any] = []  # sends under way
         self._late: list[int] = []  # ranks given up in a trial, whose hearts beat
         self._news: list[Event] = []
@@ -109,7 +111,8 @@ class MpiWorkers:
         """Tell every rank what to evaluate; it is idle when it has imported that."""
         logs = folder.resolve() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        setup = {"evaluate": self._evaluate, "logs": str(logs), "share": self._share, "line": self._lines.address}
+        setup = {"evaluate": self._evaluate, "logs": str(logs), "share": self._share, "line": self._lines.address,
+                 "pulse": self._pulse}
         for rank in self._alive:
             self._send(rank, json.dumps(setup), SETUP)
             self._heard[rank] = time.monotonic()
@@ -180,13 +183,13 @@ class MpiWorkers:
     def _silent(self) -> list[Event]:
         """Let the ranks hear of us, and count those we have not heard of."""
         now = time.monotonic()
-        if now - self._beat < HEARTBEAT:
+        if now - self._beat < self._pulse:
             return []
         self._beat = now
         for rank in self._present & self._heard.keys():
             self._send(rank, "", BEAT)
-        silent = [rank for rank in self._alive if now - self._heard.get(rank, now) > SILENCE]
-        reason = f"gave no sign of life for {SILENCE:.0f} s"
+        silent = [rank for rank in self._alive if now - self._heard.get(rank, now) > self._silence]
+        reason = f"gave no sign of life for {self._silence:.0f} s"
         return [event for rank in silent for event in self._lose(rank, f"{_name(rank)} {reason}", stuck=True)]
 
     def _failed(self, error: Exception) -> list[Event]:
@@ -304,6 +307,7 @@ class _Rank:
         self.outbox: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self.busy = False
         self.heard = self.beat = time.monotonic()
+        self.pulse = HEARTBEAT
         self.line: socket.socket | None = None
 
     def run(self) -> None:
@@ -328,6 +332,7 @@ class _Rank:
         """Act on a message from rank 0."""
         if tag == SETUP:
             setup = json.loads(text)
+            self.pulse = setup.pop("pulse")
             self.line = hold(setup.pop("line"), self.comm.rank)
             index, workers, threads = self.place
             os.environ.update(devices.environment(index, workers, os.environ, threads, share=setup.pop("share")))
@@ -342,7 +347,7 @@ class _Rank:
         now = time.monotonic()
         if is_cut(self.line) or now - self.heard > ABANDONED:
             os._exit(1)
-        if now - self.beat > HEARTBEAT:
+        if now - self.beat > self.pulse:
             self.beat = now
             self.comm.send("", 0, BEAT)
 

@@ -109,7 +109,7 @@ def simulate(sweep: Sweep, cells: Sequence[Cell], all_cells: Sequence[Cell], mac
     """Carry out a sweep of some cells on a simulated machine, in as many jobs as it takes; its files go to a folder."""
     started, clock, ledger = time.perf_counter(), Clock(), Ledger()
     named = {cell.id: cell for cell in cells}
-    landscape = Landscape({cell.id: cell for cell in all_cells}, machine.seed)
+    landscape = Landscape({cell.id: cell for cell in all_cells}, machine)
     together = dict.fromkeys(named, 1)
     elapsed = 0.0
     jobs: list[tuple[float, float]] = []
@@ -118,7 +118,7 @@ def simulate(sweep: Sweep, cells: Sequence[Cell], all_cells: Sequence[Cell], mac
     for number in range(JOBS):
         with SideAdvisers(side, sweep, cells, together) as real:
             advisers = SimulatedAdvisers(real, named, machine.advisers, clock, ledger)
-            crew = SimulatedWorkers(machine, named, landscape, clock, advisers, ledger, number)
+            crew = SimulatedWorkers(machine, landscape.evaluate, clock, advisers, ledger, number)
             begun = clock.time()
             summary = coordinator.run(sweep, cells, crew, RunFolder(folder), observer, batches=together,
                                       until=None if walltime is None else begun + walltime, advisers=advisers,

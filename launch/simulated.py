@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import json
 import math
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from launch import worker as evaluation
 from launch.advisers import SideAdvisers, shared_out
 from sweeps.advice import Advice, Event, Proposals
 from sweeps.crew import Event as Report
@@ -85,10 +87,10 @@ class Ledger:
 class Landscape:
     """Objectives like an NRMSE over weights: in each cell a curved valley with a ripple; it moves with the cell."""
 
-    def __init__(self, cells: Mapping[str, Cell], seed: int = 0) -> None:
-        self._cells = cells
-        self._rng = np.random.default_rng([seed, 31])
-        self._phase = self._rng.uniform(0, 2 * np.pi, 16)
+    def __init__(self, cells: Mapping[str, Cell], machine: Machine) -> None:
+        self._cells, self._machine = cells, machine
+        self._rng = np.random.default_rng([machine.seed, 31])
+        self._phase = np.random.default_rng([machine.seed, 32]).uniform(0, 2 * np.pi, 16)
         self._sizes = [max(cell.index[axis] for cell in cells.values()) + 1
                        for axis in range(len(next(iter(cells.values())).index))]
 
@@ -96,7 +98,7 @@ class Landscape:
         """About the least objective of a cell."""
         return 0.3 + 0.08 * math.sin(self._phase[0] + self._drift(cell, 1))
 
-    def __call__(self, cell: Cell, params: Mapping[str, Any], fidelity: float = 1.0) -> float:
+    def objective(self, cell: Cell, params: Mapping[str, Any], fidelity: float = 1.0) -> float:
         """The objective of a trial; a cheap one is worse and has its valley elsewhere."""
         places = [place_of(dimension, params[key]) / (len(dimension.choices) if dimension.choices else 1)
                   for key, dimension in cell.space.items()]
@@ -108,6 +110,21 @@ class Landscape:
         q = sum(((v - bend) / 0.15 if k else v / 0.25) ** 2 for k, v in enumerate(u))
         ripple = math.prod(math.sin(30 * place + phase) for place, phase in zip(places, self._phase[8:], strict=False))
         return float(self.floor(cell) * (1 + 3 * q / (1 + q) + 0.007 * (1 + ripple) + 0.2 * (1 - fidelity)))
+
+    def evaluate(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        """The results of a message, as a worker's evaluation gives them; `seconds` are what they would take."""
+        cell, trials = self._cells[message["cell"]], message["trials"]
+        return [self._result(cell, trial, len(trials)) for trial in trials]
+
+    def _result(self, cell: Cell, trial: dict[str, Any], batch: int) -> dict[str, Any]:
+        iterations, searched = trial["settings"]["solver"]["iterations"], trial["kind"] == "search"
+        share = iterations / cell.sweep.solver.iterations if searched else 1.0
+        value = self.objective(cell, trial["params"], share) if searched else 3 * self.floor(cell)
+        seconds = self._machine.median * share * math.exp(self._rng.normal(0.0, self._machine.spread))
+        names = [name for name in trial["settings"]["data"].get("snr", {}) if name != "haadf"]
+        return {"status": "ok", "objective": value, "metrics": {"nrmse": value, "ssim": 1 - value, "psnr": 20.0},
+                "elements": {metric: dict.fromkeys(names, value) for metric in ("nrmse", "ssim", "scale_error")},
+                "iterations": iterations, "seconds": round(seconds, 3), "batch": batch}
 
     def _drift(self, cell: Cell, k: int) -> float:
         return sum(2 * math.sin(self._phase[(k + axis) % 16]) * index / size
@@ -182,16 +199,17 @@ class SimulatedAdvisers:
 
 
 class SimulatedWorkers:
-    """Workers that answer with the landscape after lognormal times, and die with their nodes."""
+    """Workers that answer at once and are busy for as long as their results say; they die with their nodes."""
 
-    def __init__(self, machine: Machine, cells: Mapping[str, Cell], landscape: Landscape, clock: Clock,
-                 advisers: SimulatedAdvisers, ledger: Ledger, seed: int = 0) -> None:
-        self._machine, self._cells, self._landscape, self._clock = machine, cells, landscape, clock
+    def __init__(self, machine: Machine, evaluate: evaluation.Evaluate, clock: Clock,
+                 advisers: SimulatedAdvisers | None, ledger: Ledger, seed: int = 0) -> None:
+        """seed: of the failures in this job."""
+        self._machine, self._evaluate, self._clock = machine, evaluate, clock
         self._advisers, self._ledger = advisers, ledger
         self._rng = np.random.default_rng([machine.seed, seed])
         self._alive = {f"worker-{k}": k // machine.per_node for k in range(machine.workers)}  # and their nodes
         self._idle = dict.fromkeys(self._alive)
-        self._at_work: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._at_work: dict[str, tuple[float, str]] = {}  # since when, and the answer that will come
         self._coming: list[tuple[float, int, str | int]] = []  # ends of messages (worker) and of nodes (number)
         self._news: list[tuple[float, int, Report]] = []  # losses that are noticed at a time
         self._count = itertools.count()
@@ -213,10 +231,14 @@ class SimulatedWorkers:
         """Hand trials to a worker."""
         del self._idle[worker]
         self._owed += MESSAGE
-        now = self._clock.time() + self._owed
-        seconds = sum(self._seconds(message, trial) for trial in message["trials"])
-        self._at_work[worker] = now, message
-        heapq.heappush(self._coming, (now + seconds, next(self._count), worker))
+        text = json.dumps(message)
+        now, started = self._clock.pause(), time.perf_counter()
+        answer = evaluation.answer(self._evaluate, text)
+        seconds = max(time.perf_counter() - started, sum(result.get("seconds", 0.0) for result in json.loads(answer)))
+        self._clock.jump(now)  # a real worker would have done this
+        began = now + self._owed
+        self._at_work[worker] = began, answer
+        heapq.heappush(self._coming, (began + seconds, next(self._count), worker))
 
     def kill(self, worker: str) -> None:
         """Wait no longer for a worker."""
@@ -227,9 +249,9 @@ class SimulatedWorkers:
         now = self._clock.pause() + self._owed
         self._owed = 0.0
         while True:
-            first = min([now + timeout, self._advisers.next(),
+            first = min([now + timeout, self._advisers.next() if self._advisers else FOREVER,
                          *(queue[0][0] for queue in (self._coming, self._news) if queue)])
-            if first <= self._advisers.horizon():
+            if self._advisers is None or first <= self._advisers.horizon():
                 break
             self._advisers.collect(1.0)  # real time, which does not count
         now = max(now, first)
@@ -242,31 +264,14 @@ class SimulatedWorkers:
             reports.append(heapq.heappop(self._news)[2])
         return reports
 
-    def _seconds(self, message: dict[str, Any], trial: dict[str, Any]) -> float:
-        machine, planned = self._machine, self._cells[message["cell"]].sweep.solver.iterations
-        share = trial["settings"]["solver"]["iterations"] / planned if trial["kind"] == "search" else 1.0
-        return float(machine.median * share * math.exp(self._rng.normal(0.0, machine.spread)))
-
     def _answer(self, worker: str, moment: float) -> list[Report]:
         """The results of a message that was not lost before its end."""
         if worker not in self._at_work:
             return []
-        began, message = self._at_work.pop(worker)
+        began, text = self._at_work.pop(worker)
         self._idle[worker] = None
         self._ledger.spans.append((began, moment))
-        cell, trials = self._cells[message["cell"]], message["trials"]
-        return [Report(worker, results=[self._result(cell, trial, (moment - began) / len(trials), len(trials))
-                                        for trial in trials])]
-
-    def _result(self, cell: Cell, trial: dict[str, Any], seconds: float, batch: int) -> dict[str, Any]:
-        iterations = trial["settings"]["solver"]["iterations"]
-        searched = trial["kind"] == "search"
-        value = (self._landscape(cell, trial["params"], iterations / cell.sweep.solver.iterations) if searched
-                 else 3 * self._landscape.floor(cell))
-        names = [name for name in trial["settings"]["data"].get("snr", {}) if name != "haadf"]
-        return {"status": "ok", "objective": value, "metrics": {"nrmse": value, "ssim": 1 - value, "psnr": 20.0},
-                "elements": {metric: dict.fromkeys(names, value) for metric in ("nrmse", "ssim", "scale_error")},
-                "iterations": iterations, "seconds": round(seconds, 3), "batch": batch}
+        return [Report(worker, results=json.loads(text))]
 
     def _fail(self) -> None:
         """The next node to die."""
@@ -286,8 +291,8 @@ class SimulatedWorkers:
     def _bury(self, worker: str, words: str, moment: float) -> None:
         del self._alive[worker]
         self._idle.pop(worker, None)
-        _, message = self._at_work.pop(worker, (0.0, {"trials": []}))
-        self._ledger.lost += len(message["trials"])
+        _, answer = self._at_work.pop(worker, (0.0, "[]"))
+        self._ledger.lost += len(json.loads(answer))
         heapq.heappush(self._news, (moment, next(self._count), Report(worker, lost=words)))
 
     def close(self) -> None:

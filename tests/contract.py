@@ -10,8 +10,10 @@ from typing import Any
 
 from launch import mpi, workers
 from launch.dask_workers import DaskWorkers
+from launch.simulated import Clock, Ledger, Machine, SimulatedWorkers
 from launch.workers import LocalWorkers, MpiWorkers
 from sweeps.crew import Event, Workers
+from tests import evaluators
 
 Maker = Callable[[str], Workers]
 """From the name of an evaluation to workers, two of them."""
@@ -230,6 +232,15 @@ CHECKS = {check.__name__: check for check in (
     a_worker_stuck_in_a_trial_is_given_up,
     a_full_disk_is_fatal_and_no_fault_of_the_trial,
 )}
+# Simulated workers have no process that prints, hangs or fails to import.
+SIMULATED = {check.__name__: check for check in (
+    every_message_is_answered_by_its_worker,
+    a_busy_worker_is_not_idle_and_the_quick_do_not_wait_for_the_slow,
+    an_answer_that_is_no_result_is_a_status,
+    a_trial_that_fails_does_not_fail_its_batch,
+    long_messages_arrive_whole,
+    a_full_disk_is_fatal_and_no_fault_of_the_trial,
+)}
 # Also kept by kinds that replace their dead.
 REPLACED = {**CHECKS, **{check.__name__: check for check in (
     a_worker_that_dies_in_a_trial_is_lost_once_and_comes_back, an_idle_worker_that_is_killed_comes_back)}}
@@ -247,6 +258,11 @@ def local(evaluate: str) -> LocalWorkers:
 def dask(evaluate: str, address: str = "") -> DaskWorkers:
     """Two processes of a dask cluster of our own, or those of another one."""
     return DaskWorkers(f"tests.evaluators:{evaluate}", address=address, count=2)
+
+
+def simulated(evaluate: str) -> SimulatedWorkers:
+    """Two workers that are none."""
+    return SimulatedWorkers(Machine(2), getattr(evaluators, evaluate), Clock(), None, Ledger())
 
 
 def ranks(evaluate: str) -> MpiWorkers:

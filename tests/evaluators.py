@@ -217,3 +217,11 @@ def surroundings(message: Message) -> dict[str, Any]:
     """What the worker's environment says about devices."""
     return {"status": "ok", "objective": 0.0, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
             "flags": os.environ["XLA_FLAGS"], "pool": os.environ["NPROC"]}
+
+
+@each
+def varied(message: Message) -> dict[str, Any]:
+    """The landscape after half a second to two, without work for a processor; the same for a trial wherever it runs."""
+    seconds = np.random.default_rng([zlib.crc32(message["cell"].encode()), message["trial"]]).uniform(0.5, 2.0)
+    time.sleep(seconds)
+    return {**_landscape(message), "seconds": seconds}
