@@ -198,6 +198,10 @@ class _Run:
         if any(search.cell.space for search in self.searches.values()):
             self.advisers.start(self.history, self.folder.path)
             self.told = True
+        unfinished = [search for search in self.searches.values() if len(search.history.finished) < search.planned]
+        for search in unfinished:
+            search.widen(len(self.workers.names()) / len(unfinished))
+            self.dispatching.queue(search)
         self.note({"event": "start", "tomoatlas": version(), "commit": commit(), "host": socket.gethostname(),
                    "pid": os.getpid(), "workers": self.workers.names()})
         self.flush()

@@ -172,6 +172,7 @@ _PAIR = Field(min_length=2, max_length=2)
 
 Tunable = Annotated[Annotated[float, _NUMBER] | Annotated[Range[float], _MAPPING], _BY_SHAPE]
 WholeTunable = Annotated[Annotated[int, _NUMBER] | Annotated[Range[int], _MAPPING], _BY_SHAPE]
+Auto = Annotated[Annotated[int, Field(ge=1), _NUMBER] | Annotated[Literal["auto"], _WORD], _BY_SHAPE]
 Weight = Annotated[Tunable, AfterValidator(_weight)]
 Interval = Annotated[list[int], _PAIR, AfterValidator(_interval)]
 TiltRange = Annotated[list[float], _PAIR, AfterValidator(_tilt_range)]
@@ -371,8 +372,10 @@ class Search(Model):
     budget_hours: Annotated[float, Field(gt=0)] | None = setting(
         None, "device hours", "no trial starts once the trials have taken so many, all together",
         examples=["100"])
-    in_flight: int = setting(2, "batches", "batches of one cell that run at once, at most", ge=1)
-    batch: Annotated[Annotated[int, Field(ge=1), _NUMBER] | Annotated[Literal["auto"], _WORD], _BY_SHAPE] = setting(
+    in_flight: Auto = setting(
+        "auto", "batches", "batches of one cell that run at once, at most; auto: 2, in free order what keeps all "
+        "workers busy")
+    batch: Auto = setting(
         "auto", "trials", "trials of a cell solved at once on a device; auto: what fills a GPU, else 1")
 
     @model_validator(mode="before")

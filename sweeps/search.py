@@ -1,9 +1,9 @@
 """What to try next in a cell, from the journal alone: each cell by itself, or together with its neighbours.
 
 Free order proposes from every result there is. Strict order proposes a cell's search trial j from the results of
-trials 0 .. j - L in the order of their numbers, with j - L + 1 .. j - 1 pending, where L = search.in_flight times
-search.batch: neither timing nor kills can change what is proposed. With search.strategy: shared these are the trials
-of the cell and of its neighbours, all by their numbers in the search; trial j waits until they are there.
+trials 0 .. j - L in the order of their numbers, with j - L + 1 .. j - 1 pending, where L = search.in_flight (auto: 2)
+times search.batch: neither timing nor kills can change what is proposed. With search.strategy: shared these are the
+trials of the cell and of its neighbours, all by their numbers in the search; trial j waits until they are there.
 
 A trial is proposed (it has a number and parameters), then asked (a worker got it, the journal says so). Proposals are
 a function of the history and of the proposals of the cell before them, so that any process with the same history
@@ -23,6 +23,7 @@ from sweeps.optimizer import Optimizer, SpaceExhausted
 from sweeps.shared import Elsewhere, SharedOptimizer
 
 ALONE = 2  # losses of a trial after which it is handed out by itself: one of its batch kills workers
+TOGETHER = 2  # batches of a cell at work at once where search.in_flight leaves it open, at least
 NEIGHBOURS = 8  # nearest cells whose results count: so the model stays small on large grids
 
 
@@ -51,9 +52,15 @@ class CellSearch:
         strict = self.search.order == "strict"
         # What depends on the machine must not decide what is proposed.
         self.batch = given if isinstance(given, int) else 1 if strict else batch
-        self.window = self.search.in_flight * self.batch
+        together = self.search.in_flight
+        self.window = self.batch * (together if isinstance(together, int) else TOGETHER)
         self._told = 0
         self._optimizer: Optimizer | None = None
+
+    def widen(self, workers: float) -> None:
+        """Let so many workers work here at once, where search.in_flight and search.order leave it open."""
+        if self.search.in_flight == "auto" and self.search.order == "free":
+            self.window = max(self.window, self.batch * math.ceil(workers))
 
     @property
     def following(self) -> int:

@@ -129,6 +129,17 @@ def test_workers_stay_with_their_cells_and_none_is_idle(tmp_path):
     assert moves <= 4  # as many as there are cells
 
 
+def test_one_cell_keeps_all_workers_busy_unless_it_may_not(tmp_path):
+    most = {}
+    for name, search in {"auto": {}, "two": {"in_flight": 2}}.items():
+        coordinate(tmp_path / name, sweep(12, axes={}, initial=12, search=search), "paced", count=4)
+        running, most[name] = set(), 0
+        for event in events(tmp_path / name, "ask", "result"):
+            running = running | {place(event)} if event["event"] == "ask" else running - {place(event)}
+            most[name] = max(most[name], len(running))
+    assert most == {"auto": 4, "two": 2}
+
+
 def test_strict_order_gives_one_atlas_whoever_works(tmp_path):
     chosen = sweep(5, "strict")
     coordinate(tmp_path / "one", chosen, count=1)
