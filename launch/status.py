@@ -15,6 +15,7 @@ from sweeps.limits import Ledger
 from sweeps.tables import Run, shown
 
 EVERY = 5.0  # [s] between looks
+ERRORS = 3  # that are shown
 
 
 def show(folder: Path, as_json: bool, watch: bool) -> None:
@@ -33,7 +34,8 @@ def look(folder: Path) -> dict[str, Any]:
     """The state as plain data.
 
     state: running, done, stopped (on request), interrupted, or queued (nothing has run yet); seconds: since the last
-    event; jobs: those in the queue, as `jobs.queue` has them, None where Slurm does not answer.
+    event; jobs: those in the queue, as `jobs.queue` has them, None where Slurm does not answer; workers, use, left: as
+    `_pace` has them; errors: the newest first.
     """
     queue = jobs.queue(folder)
     if not RunFolder(folder).lock.exists() and jobs.submitted(folder):
@@ -72,9 +74,48 @@ def look(folder: Path) -> dict[str, Any]:
         "objective": run.sweep.search.objective,
         "device_hours": round(ledger.hours, 4),
         "budget_hours": run.sweep.search.budget_hours,
+        **_pace(events, total - done, running),
+        "errors": _errors(events),
         "cells": cells,
         "jobs": queue,
     }
+
+
+def _pace(events: list[dict[str, Any]], left: int, running: bool) -> dict[str, Any]:
+    """How the last start goes, None where there was none: workers, their use (0 to 1), and seconds to the end.
+
+    The use counts trials that ended and, while the sweep runs, those under way. The end is estimated from the trials
+    since the start, None where there were none.
+    """
+    first = max((k for k, event in enumerate(events) if event["event"] == "start"), default=None)
+    if first is None:
+        return {"workers": None, "use": None, "left": None}
+    begun, since = events[first]["time"], events[first + 1:]
+    now = time.time() if running else events[-1]["time"]
+    asked, solved, done, ready = dict[tuple[str, int], float](), 0.0, 0, now
+    for event in since:
+        if event["event"] == "ask":
+            asked[event["cell"], event["trial"]] = event["time"]
+            ready = min(ready, event["time"])  # before, workers were being started
+        elif event["event"] in ("result", "lost"):
+            at = asked.pop((event["cell"], event["trial"]), event["time"])
+            if event["event"] == "result":
+                solved, done = solved + event["time"] - at, done + 1
+    if running:
+        solved += sum(now - at for at in asked.values())
+    workers = len(events[first]["workers"])
+    span = (now - ready) * workers
+    rate = done / (now - begun) if done and now > begun else 0.0
+    return {"workers": workers, "use": round(min(1.0, solved / span), 4) if span > 0 else None,
+            "left": round(left / rate, 1) if running and rate else None}
+
+
+def _errors(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last failed and lost trials, the newest first."""
+    bad = [event for event in events if event["event"] == "lost" or event.get("status", "ok") != "ok"]
+    return [{"cell": event["cell"], "trial": event["trial"], "time": event["time"],
+             "words": event["reason"] if event["event"] == "lost" else event["status"]}
+            for event in reversed(bad[-ERRORS:])]
 
 
 def _waiting(folder: Path, queue: list[dict[str, Any]] | None) -> dict[str, Any]:
@@ -82,7 +123,8 @@ def _waiting(folder: Path, queue: list[dict[str, Any]] | None) -> dict[str, Any]
     running = any(job["state"] == "RUNNING" for job in queue or [])
     return {"name": folder.resolve().name, "folder": str(folder), "state": "running" if running else "queued",
             "running": running, "trials": 0, "done": 0, "failed": 0, "at_work": 0, "seconds": None,
-            "objective": "", "device_hours": 0.0, "budget_hours": None, "cells": {}, "jobs": queue}
+            "objective": "", "device_hours": 0.0, "budget_hours": None, "workers": None, "use": None, "left": None,
+            "errors": [], "cells": {}, "jobs": queue}
 
 
 def _cell(run: Run, cell: grid.Cell) -> dict[str, Any]:
@@ -121,6 +163,10 @@ def text(seen: dict[str, Any]) -> str:
     )
     if seen["running"]:
         head += f", {seen['at_work']} at work"
+        if seen["use"] is not None:
+            head += f", {seen['workers']} workers used to {seen['use']:.0%}"
+        if seen["left"] is not None:
+            head += f", about {tables.duration(seen['left'])} left"
     if seen["seconds"] is not None:
         head += f"; last event {tables.duration(seen['seconds'])} ago"
     if seen["budget_hours"] is not None:
@@ -132,7 +178,9 @@ def text(seen: dict[str, Any]) -> str:
         [name, shown(cell["best"]), f"{cell['done']}/{cell['trials']}", str(cell["failed"])]
         for name, cell in seen["cells"].items()
     ]
-    return "\n".join([head, *_job_lines(seen), tables.aligned(rows)])
+    errors = [f"{error['cell']} trial {error['trial']}, {tables.duration(time.time() - error['time'])} ago: "
+              f"{error['words']}" for error in seen["errors"]]
+    return "\n".join([head, *_job_lines(seen), tables.aligned(rows), *(["last errors:"] if errors else []), *errors])
 
 
 def _job_lines(seen: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from sweeps.yamlio import SettingsError
 from tests.test_settings import BAD, Broken
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("run", "check", "submit", "init", "status", "report")
+COMMANDS = ("run", "check", "submit", "simulate", "init", "status", "report", "volumes")
 SMALL = """\
 name: small
 data: {phantom: cocuo, size: 16}
@@ -227,6 +227,33 @@ def test_status_knows_a_killed_run_from_a_stopped_and_a_running_one(small):
         journal.append({"event": "stop", "reason": "test"})
     assert status.look(folder.path)["state"] == "stopped"
     assert "run again to continue" in status.text(status.look(folder.path))
+
+
+def test_status_tells_how_busy_workers_are_when_it_will_end_and_what_went_wrong(small, monkeypatch):
+    run_small(small)
+    folder = RunFolder(small.parent / "out")
+    start, *_ = [json.loads(line) for line in folder.journal.read_text().splitlines()]
+    asked = {"event": "ask", "attempt": 0, "kind": "search", "fidelity": 1.0, "params": {}, "seen": 1}
+    ended = {"event": "result", "attempt": 0, "objective": None, "metrics": {}, "elements": {}, "seconds": 10.0,
+             "batch": 1, "checkpoints": [], "iterations": 1, "worker": "worker-0", "volume": None}
+    cells = list(status.look(folder.path)["cells"])
+    events = [{**start, "event": "start", "workers": ["worker-0", "worker-1"], "time": 1000.0},
+              {**asked, "cell": cells[0], "trial": 0, "time": 1010.0},
+              {**asked, "cell": cells[1], "trial": 0, "time": 1010.0},
+              {**ended, "cell": cells[0], "trial": 0, "time": 1020.0, "status": "the cost rose"},
+              {"event": "lost", "cell": cells[1], "trial": 0, "attempt": 0, "worker": "worker-1", "reason": "it died",
+               "time": 1030.0}]
+    folder.journal.write_text("".join(json.dumps(event) + "\n" for event in events))
+    seen = status.look(folder.path)
+    assert (seen["state"], seen["workers"], seen["use"], seen["left"]) == ("interrupted", 2, 0.25, None)
+    monkeypatch.setattr(status.time, "time", lambda: 1050.0)
+    with folder.open(folder.settings()):
+        seen = status.look(folder.path)
+        assert (seen["use"], seen["left"]) == (0.125, 13 * 50.0)  # one trial of fourteen in 50 s
+        words = status.text(seen)
+    assert "2 workers used to 12%, about 11 min left" in words
+    assert words.splitlines()[-3:] == ["last errors:", f"{cells[1]} trial 0, 20 s ago: it died",
+                                       f"{cells[0]} trial 0, 30 s ago: the cost rose"]
 
 
 def test_a_bare_name_is_found_in_runs(small, tmp_path):
