@@ -3,6 +3,7 @@
 #   make test    all tests, the slow ones too (PYTEST="-m 'not slow'" leaves them out)
 #   make test-slurm  sweeps on a real Slurm of one node, which it installs (apt-get) and starts as root; three minutes
 #   make bench   all measurements on this machine's cores, about half an hour, into docs/BENCHMARKS.md
+#   make bench-scale  the coordinator on simulated machines of up to 27,648 workers, about 40 minutes
 #   make bench-gpu  the same for the kernels and solves on a GPU
 #   make lint    ruff and mypy
 SHELL := /bin/bash
@@ -11,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 PYTEST ?=
 
-.PHONY: run test test-slurm bench bench-gpu lint clean
+.PHONY: run test test-slurm bench bench-scale bench-gpu lint clean
 run: .venv/run.stamp
 	$(BIN)/mpiexec -n 3 $(BIN)/tomoatlas run configs/quickstart.yaml
 
@@ -24,8 +25,11 @@ test-slurm: .venv/dev.stamp
 		else test -z "$(REQUIRED)"; fi
 
 bench: .venv/bench.stamp
-	set -e; for bench in $(filter-out tests/bench_gpu.py,$(wildcard tests/bench_*.py)); do \
+	set -e; for bench in $(filter-out tests/bench_gpu.py tests/bench_scale.py,$(wildcard tests/bench_*.py)); do \
 		$(BIN)/python -m tests.$$(basename $$bench .py); done
+
+bench-scale: .venv/dev.stamp
+	$(BIN)/python -m tests.bench_scale
 
 bench-gpu: .venv/gpu.stamp
 	$(BIN)/python -m tests.bench_gpu
