@@ -67,6 +67,12 @@ class Table:
         if value is not None:
             self.made[name].values[index] = value
 
+    def fill(self, name: str, values: Sequence[Any] | np.ndarray, setting: str = "") -> None:
+        """All values at once, of numbers or words."""
+        words = len(values) > 0 and isinstance(values[0], str)
+        made = np.array(values, STRING) if words else np.asarray(values)
+        self.made[name] = Variable(self.dims, made, attributes(name, setting))
+
     def put_elements(self, name: str, index: tuple[int, ...], values: Mapping[str, float | None]) -> None:
         """One number per element."""
         if name not in self.made:
@@ -120,16 +126,17 @@ def trials(sweep: Sweep, cells: Sequence[Cell], history: History) -> Variables:
     stops = sorted({stop["iterations"] for result in results for stop in result["checkpoints"]})
     table = Table(("row",), (len(places),), names)
     curves = Table(("row", "checkpoint"), (len(places), len(stops)), names)
+    table.fill("cell", [cell.id for cell, _ in places])
+    table.fill("trial", np.array([trial for _, trial in places]))
+    for axis, values in axes.items():
+        position = list(axes).index(axis)
+        table.fill(axis, values[[cell.index[position] for cell, _ in places]], axis)
+    table.fill("status", [""] * len(places))
     for number, (cell, trial) in enumerate(places):
-        index = (number,)
-        table.put("cell", index, cell.id)
-        table.put("trial", index, np.int64(trial))
-        for (axis, values), place in zip(axes.items(), cell.index, strict=True):
-            table.put(axis, index, values[place], axis)
         row = history.cell(cell.id).rows.get(trial)
-        table.put("status", index, row.result["status"] if row and row.result else "")
         if row and row.result:
-            _trial(table, index, cell, row)
+            table.put("status", (number,), row.result["status"])
+            _trial(table, (number,), cell, row)
             for stop in row.result["checkpoints"]:
                 column = stops.index(stop["iterations"])
                 curves.put("checkpoint_objective", (number, column), stop["objective"])

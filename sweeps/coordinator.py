@@ -29,7 +29,7 @@ from sweeps.atlas import Atlas, RunFolder, commit, resolved, version
 from sweeps.crew import Event, Workers
 from sweeps.dispatch import Dispatch
 from sweeps.grid import Cell
-from sweeps.journal import SAFE, Clock, History, Journal, RunError
+from sweeps.journal import SAFE, SYNC, Clock, History, Journal, RunError
 from sweeps.limits import Ledger
 from sweeps.search import CellSearch, searches
 from sweeps.settings import Sweep, dump
@@ -211,6 +211,7 @@ class _Run:
         waiting = self.dispatching.placed and self.dispatching.requests
         for event in self.workers.poll(SOON if waiting else POLL):
             self.receive(event)
+        self.journal.sync(SYNC)
         now = self.clock.monotonic()
         if self.limited and now - self.looked > POLL:
             self.looked = now
@@ -310,6 +311,7 @@ def run(sweep: Sweep, cells: Sequence[Cell], workers: Workers, folder: RunFolder
             stopped = (f"stopped: {state.done} of {state.total} trials{'; ' + limit if limit else ''}; {cure} to "
                        "continue")
         journal.append({"event": "stop" if stopped else "end", "reason": stopped or "all trials are done"})
+        journal.sync()
         atlas.update(state.changed)
         figures = atlas.summary
         summary = Summary(folder.path, state.total, state.done, figures["failed"], stopped, limit,
@@ -339,6 +341,7 @@ def _work(state: _Run, atlas: Atlas, stop: Callable[[], int], grace: Callable[[]
             state.listen()
             if atlas.due():
                 state.flush()
+                state.journal.sync()  # before anything is deleted that it may have to make anew
                 atlas.update(state.changed)
         state.flush()
     finally:

@@ -1,4 +1,4 @@
-"""The journal of a run: one line of JSON per event, on the disk before anything else happens.
+"""The journal of a run: one line of JSON per event, written before anything else happens.
 
 It is the truth; the atlas, the summary and the optimisers' states follow from it.
 
@@ -93,6 +93,7 @@ class Journal:
 
     def __init__(self, path: Path, clock: Clock = time) -> None:
         self.path, self._clock = path, clock
+        self._dirty, self._synced = False, 0.0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             self._lock()
@@ -122,27 +123,45 @@ class Journal:
         return stamped
 
     def append(self, *events: dict[str, Any]) -> list[dict[str, Any]]:
-        """Write events; they are on the disk when this returns. Returns them as they will be read again."""
+        """Write events, and return them as they will be read again.
+
+        The system has them when this returns, so that no end of this process can lose them; the disk has them at the
+        next `sync`, which this calls where the last one is SYNC ago.
+        """
         written = [event if "time" in event else self.stamped(event) for event in events]
         data = b"".join(json.dumps(event, allow_nan=False).encode() + b"\n" for event in written)
         try:
             done = 0
             while done < len(data):
                 done += os.write(self._file, data[done:])
-            os.fsync(self._file)
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._end)
             raise RunError(f"{self.path}: {error.strerror}; {SAFE}") from error
         self._end += len(data)
         self.events += written
+        self._dirty = True
+        self.sync(SYNC)
         return written
 
+    def sync(self, every: float = 0.0) -> None:
+        """Bring to the disk what was written, if the last time is so many seconds ago: it takes milliseconds."""
+        if self._dirty and self._clock.monotonic() - self._synced >= every:
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                raise RunError(f"{self.path}: {error.strerror}; {SAFE}") from error
+            self._dirty, self._synced = False, self._clock.monotonic()
+
     def close(self) -> None:
-        """Unlock the journal."""
-        os.close(self._file)
+        """Bring the journal to the disk and unlock it."""
+        try:
+            self.sync()
+        finally:
+            os.close(self._file)
 
 
+SYNC = 0.1  # [s] that a power cut can take back at most
 SAFE = "all trials that were finished are safe: make room and run again to continue"
 
 
@@ -195,12 +214,28 @@ class CellHistory:
     rows: dict[int, Row] = field(default_factory=dict)
     finished: list[int] = field(default_factory=list)
     running: dict[int, None] = field(default_factory=dict)  # an ordered set: asked, without a result
+    _best: dict[bool, tuple[float, int]] = field(default_factory=dict)  # objective and trial, searched or not
 
     def winner(self, searched: bool) -> Row | None:
         """The best of the cell's own full trials, the first of equals; None while there is none."""
-        rows = [self.rows[trial] for trial in sorted(self.rows)]
-        rows = [row for row in rows if row.ok and row.own(searched) and row.fidelity == 1]
-        return min(rows, key=lambda row: math.inf if row.objective is None else row.objective, default=None)
+        best = self._best.get(searched)
+        return None if best is None else self.rows[best[1]]
+
+    def ended(self, trial: int, result: dict[str, Any]) -> None:
+        """A trial has a result now."""
+        row = self.rows[trial]
+        row.result = result
+        self.finished.append(trial)
+        self.running.pop(trial, None)
+        for searched in (True, False):
+            if row.ok and row.own(searched) and row.fidelity == 1:
+                reached = (math.inf if row.objective is None else row.objective, trial)
+                self._best[searched] = min(reached, self._best.get(searched, reached))
+
+    def clear(self) -> None:
+        """Forget all trials."""
+        for known in (self.rows, self.finished, self.running, self._best):
+            known.clear()  # type: ignore[attr-defined]
 
 
 class History:
@@ -227,9 +262,7 @@ class History:
             return
         cell = self.cell(event["cell"])
         if kind == "again":
-            cell.rows.clear()
-            cell.finished.clear()
-            cell.running.clear()
+            cell.clear()
             return
         trial = event["trial"]
         if kind == "ask":
@@ -239,9 +272,7 @@ class History:
             if row.result is None:
                 cell.running[trial] = None
         elif kind == "result" and cell.rows[trial].result is None:
-            cell.rows[trial].result = event
-            cell.finished.append(trial)
-            cell.running.pop(trial, None)
+            cell.ended(trial, event)
         elif kind == "lost" and event["worker"]:
             cell.rows[trial].losses += 1
         elif kind == "lost":

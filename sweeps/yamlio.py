@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,18 @@ def shape(value: Any) -> str:
 
 def flow(value: Any) -> str:
     """A value as YAML on one line."""
+    if isinstance(value, (str, int, float, bool)):
+        return _scalar(type(value).__name__, value)
+    return _dumped(value)
+
+
+@lru_cache(4096)
+def _scalar(kind: str, value: str | float) -> str:
+    """A number or a word: an atlas writes the same ones again and again. kind: 1, 1.0 and True are equal keys."""
+    return _dumped(value)
+
+
+def _dumped(value: Any) -> str:
     text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=10**6,
                           allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")

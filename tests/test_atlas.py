@@ -37,7 +37,7 @@ def written(path, count):
 
 def test_what_is_appended_is_read_again_as_it_was_returned(tmp_path):
     with contextlib.closing(Journal(tmp_path / "j")) as log:
-        event = log.append({"event": "result", "objective": math.nan, "status": "höher\nals",
+        event, = log.append({"event": "result", "objective": math.nan, "status": "höher\nals",
                             "metrics": {"a": np.float32(0.1), "b": -math.inf},
                             "checkpoints": (np.arange(2), np.int64(7))})
     assert journal.read(tmp_path / "j")[0] == [event]
