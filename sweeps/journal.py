@@ -234,8 +234,10 @@ class CellHistory:
 
     def clear(self) -> None:
         """Forget all trials."""
-        for known in (self.rows, self.finished, self.running, self._best):
-            known.clear()  # type: ignore[attr-defined]
+        self.rows.clear()
+        self.finished.clear()
+        self.running.clear()
+        self._best.clear()
 
 
 class History:
