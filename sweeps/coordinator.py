@@ -90,6 +90,7 @@ class _Run:
                  clock: Clock) -> None:
         self.workers, self.folder, self.journal, self.observer = workers, folder, journal, observer
         self.advisers, self.clock, self.ledger = advisers, clock, ledger
+        self.place = str(folder.path.resolve())  # workers may have another working directory
         self.history = History(journal.events)
         self.searches = searches(cells, self.history, batches)
         for cell in cells:
@@ -97,7 +98,7 @@ class _Run:
                 if row.result is not None:
                     ledger.add(cell, row.result)
         self.dispatching = Dispatch(self.searches, advisers, lambda: len(journal.events) + len(self.unwritten),
-                                    lambda search: ledger.refusal(search.cell), self.ask)
+                                    lambda: len(workers.names()), lambda search: ledger.refusal(search.cell), self.ask)
         self.unwritten: list[dict[str, Any]] = []  # events that count already, but are not on the disk yet
         self.untold: list[Callable[[], None]] = []  # what the observer hears once it is on the disk
         self.jobs: dict[str, list[dict[str, Any]]] = {}  # asks by worker
@@ -106,6 +107,7 @@ class _Run:
         self.changed: set[str] = set()  # cells the atlas has not seen yet
         self.messages: dict[tuple[str, float], str] = {}  # settings of a trial but for its params, JSON
         self.last_loss, self.told, self.looked = "", False, 0.0  # told: whether the advisers hear what happens
+        self.patience = POLL  # [s] to wait for reports
         self.limited = any(search.search.trial_timeout is not None for search in self.searches.values())
         self.done = sum(len(search.history.finished) for search in self.searches.values())
 
@@ -167,6 +169,8 @@ class _Run:
         self.flush()
         for worker, message in messages:
             self.workers.submit(worker, message)
+        waiting = self.dispatching.placed and self.dispatching.requests
+        self.patience = 0.0 if len(messages) == GROUP else SOON if waiting else POLL
 
     def ask(self, search: CellSearch, trial: dict[str, Any]) -> dict[str, Any]:
         """Note that a trial goes out."""
@@ -175,7 +179,7 @@ class _Run:
 
     def message(self, asks: list[dict[str, Any]]) -> dict[str, Any]:
         """What a worker is told."""
-        return {"cell": asks[0]["cell"], "folder": str(self.folder.path.resolve()), "trials": [
+        return {"cell": asks[0]["cell"], "folder": self.place, "trials": [
             {key: ask[key] for key in ("trial", "attempt", "kind", "params")} | {"settings": self.settings(ask)}
             for ask in asks]}
 
@@ -198,19 +202,16 @@ class _Run:
         if any(search.cell.space for search in self.searches.values()):
             self.advisers.start(self.history, self.folder.path)
             self.told = True
-        unfinished = [search for search in self.searches.values() if len(search.history.finished) < search.planned]
-        for search in unfinished:
-            search.widen(len(self.workers.names()) / len(unfinished))
-            self.dispatching.queue(search)
+        self.dispatching.share()
         self.note({"event": "start", "tomoatlas": version(), "commit": commit(), "host": socket.gethostname(),
                    "pid": os.getpid(), "workers": self.workers.names()})
         self.flush()
 
     def listen(self) -> None:
-        """Wait for reports, and for workers that take too long; the wait is short while workers wait for advice."""
-        waiting = self.dispatching.placed and self.dispatching.requests
-        for event in self.workers.poll(SOON if waiting else POLL):
+        """Wait for reports, and for workers that take too long."""
+        for event in self.workers.poll(self.patience):
             self.receive(event)
+        self.patience = POLL
         self.journal.sync(SYNC)
         now = self.clock.monotonic()
         if self.limited and now - self.looked > POLL:

@@ -2,12 +2,14 @@
 
 A worker gets a cell; where the next trial of that cell is not at hand, its place is kept and the advisers are asked.
 Cells stick to workers, for their data are there; else a worker goes where fewest work. Where trials are so short that
-workers would often wait for a proposal, one more is made ahead of need; it then knows one result less.
+workers would often wait for a proposal, one more is made ahead of need; it then knows one result less. Cells share the
+workers, where search.in_flight leaves it open; one whose trials have all gone out leaves its share to the others.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
@@ -24,13 +26,15 @@ Key = tuple[int, int, int]
 class Dispatch:
     """Workers and cells, brought together.
 
-    lines: how many lines the journal has now. refusal: why no trial of a cell may start. ask: notes that a trial of a
-    cell goes out and returns the event.
+    lines: how many lines the journal has now. crew: how many workers there are. refusal: why no trial of a cell may
+    start. ask: notes that a trial of a cell goes out and returns the event.
     """
 
     def __init__(self, searches: Mapping[str, CellSearch], advisers: Advisers, lines: Callable[[], int],
-                 refusal: Callable[[CellSearch], str | None], ask: Callable[[CellSearch, Event], Event]) -> None:
-        self.searches, self.advisers, self.lines, self.refusal, self.ask = searches, advisers, lines, refusal, ask
+                 crew: Callable[[], int], refusal: Callable[[CellSearch], str | None],
+                 ask: Callable[[CellSearch, Event], Event]) -> None:
+        self.searches, self.advisers, self.lines, self.crew = searches, advisers, lines, crew
+        self.refusal, self.ask = refusal, ask
         self.limit: str | None = None  # why trials that are ready are not started
         self.home: dict[str, str] = {}  # the cell a worker had last: its data are still there
         self.waiting: dict[str, deque[str]] = {name: deque() for name in searches}  # workers, by cell
@@ -40,11 +44,22 @@ class Dispatch:
         self._in_line: dict[str, Key] = {}
         self._takes: dict[str, float] = {}  # [s] a trial, by cell
         self._thinks = 0.0  # [s] a proposal
+        self._share = 0  # workers for each cell
         self._affects: dict[str, list[str]] = {name: [] for name in searches}
         for name, search in searches.items():
             for source in subscriptions(search):
                 self._affects[source].append(name)
             self.queue(search)
+
+    def share(self) -> None:
+        """Let the cells that have trials to come share the workers there are now."""
+        to_come = [search for search in self.searches.values() if not search.all_asked]
+        share = math.ceil(self.crew() / max(1, len(to_come)))
+        if share > self._share:
+            self._share = share
+            for search in to_come:
+                search.widen(share)
+                self.queue(search)
 
     def place(self, worker: str) -> bool:
         """Give a worker a cell; False where there is none for it now."""
@@ -71,6 +86,7 @@ class Dispatch:
                 proposal = search.propose(search.following)
             except SpaceExhausted:
                 search.planned = search.following
+                self.share()
                 return
             search.proposed[proposal["trial"]] = proposal | {"seen": seen}
             count -= 1
@@ -90,6 +106,7 @@ class Dispatch:
             self._thinks = _mean(self._thinks or seconds, seconds)
         if advice.exhausted:
             search.planned = search.following
+            self.share()
         self.queue(search)
 
     def served(self) -> Iterator[tuple[str, list[Event]]]:
@@ -142,6 +159,8 @@ class Dispatch:
             search.at_work.add(trial["trial"])
             if not search.may_share(trial["trial"]):
                 break
+        if asks and search.all_asked:
+            self.share()
         return asks
 
     def _choose(self, home: str | None) -> CellSearch | None:

@@ -57,10 +57,15 @@ class CellSearch:
         self._told = 0
         self._optimizer: Optimizer | None = None
 
-    def widen(self, workers: float) -> None:
+    def widen(self, workers: int) -> None:
         """Let so many workers work here at once, where search.in_flight and search.order leave it open."""
         if self.search.in_flight == "auto" and self.search.order == "free":
-            self.window = max(self.window, self.batch * math.ceil(workers))
+            self.window = max(self.window, self.batch * workers)
+
+    @property
+    def all_asked(self) -> bool:
+        """Whether every trial has gone out at least once."""
+        return len(self.history.rows) >= self.planned
 
     @property
     def following(self) -> int:

@@ -18,10 +18,10 @@ from tests.bench import publish
 
 MACHINE = Machine(1, median=60.0, spread=0.3, mtbf=180.0, notice=60.0, advisers=0)
 CURVE = [27648, 4096, 512, 64, 8]
-REFINED = ["search.in_flight=16", "search.trials=80",
+REFINED = ["search.trials=80",
            f"grid={{haadf_tilts: {list(range(5, 77, 2))}, chem_tilts: {list(range(3, 51))}}}"]
 SINGLE = [64, 8]
-ONE = ["search.in_flight=64", "search.trials=400", "grid={haadf_tilts: [47], chem_tilts: [9]}"]
+ONE = ["search.trials=400", "grid={haadf_tilts: [47], chem_tilts: [9]}"]
 
 
 def simulated(changes: list[str], workers: list[int], machine: Machine, scale: bool) -> list[Outcome]:
@@ -52,7 +52,7 @@ def table(outcomes: list[Outcome]) -> list[str]:
 def section(curve: list[Outcome], single: list[Outcome]) -> str:
     """Both tables, in markdown."""
     return "\n".join([
-        "`tomoatlas simulate`: fig4_cocuo on a grid refined to 36 x 48 cells, 80 trials in each, 16 in flight; a trial "
+        "`tomoatlas simulate`: fig4_cocuo on a grid refined to 36 x 48 cells, 80 trials in each; a trial "
         f"takes {MACHINE.median:g} s (lognormal, spread {MACHINE.spread:g}). A node of {MACHINE.per_node} workers "
         f"fails every {MACHINE.mtbf / 60:g} minutes, where a leadership machine has hours in between, and that is "
         f"noticed after {MACHINE.notice:g} s. Coordinator, journal, optimisers and side processes are real; their "

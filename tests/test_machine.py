@@ -13,6 +13,7 @@ from launch.advisers import SideAdvisers
 from launch.simulate import Outcome
 from launch.simulated import Clock, Landscape, Ledger, Machine, SimulatedWorkers
 from sweeps import grid, journal
+from sweeps.coordinator import POLL
 from sweeps.journal import RunError
 from sweeps.optimizer import Optimizer
 from tests import contract
@@ -59,6 +60,36 @@ def test_a_sweep_takes_at_least_its_trials_and_no_worker_is_more_than_busy(tmp_p
     assert outcome.busy > 0.9  # 0.02 s for a proposal, 60 s for a trial
     assert set(outcome.regret) == {cell.id for cell in grid.cells(sweep(12, axes={"chem_tilts": [3, 5, 7, 9]}))}
     assert min(outcome.regret.values()) >= 0
+
+
+def test_workers_of_a_cell_that_is_done_help_the_others_unless_they_may_not(tmp_path):
+    """At the last hand-out nobody is idle who could have had a trial."""
+    at_last, busy = {}, {}
+    for words, search in {"auto": {}, "two": {"in_flight": 2}}.items():
+        chosen = sweep(16, axes={"chem_tilts": [3, 5, 7, 9]}, initial=4, search=search)
+        outcome, log = simulated(tmp_path / words, Machine(8, median=60.0, spread=0.5), chosen)
+        at_work = 0
+        for event in log:
+            at_work += {"ask": 1, "result": -1}.get(event["event"], 0)
+            if event["event"] == "ask":
+                at_last[words] = at_work
+        busy[words] = outcome.busy
+    assert at_last["auto"] == 8 > at_last["two"]
+    assert busy["auto"] > 0.98 > busy["two"]
+
+
+def test_a_large_crew_is_not_made_to_wait_for_its_first_trials(tmp_path, monkeypatch):
+    """Between two groups of messages the coordinator waits for nothing."""
+    waits, poll = [], SimulatedWorkers.poll
+
+    def watched(crew, timeout):
+        waits.append((timeout, bool(crew.idle())))
+        return poll(crew, timeout)
+
+    monkeypatch.setattr(SimulatedWorkers, "poll", watched)
+    chosen = sweep(15, axes={"chem_tilts": list(range(3, 43))}, initial=15)
+    simulated(tmp_path, Machine(600, spread=0.0), chosen)
+    assert waits[:3] == [(0.0, True), (0.0, True), (POLL, False)]  # 256, 512, 600 at work
 
 
 def test_what_dies_with_its_node_is_done_again(tmp_path):
