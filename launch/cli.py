@@ -258,7 +258,7 @@ def simulate(
         float, typer.Option("--queue", min=0.0, metavar="MIN", help="Between two jobs, in the queue.")
     ] = 0.0,
     scale: Annotated[
-        bool, typer.Option("--scale", help="Fewer workers get fewer cells, 16 at least: all have as much to do.")
+        bool, typer.Option("--scale", help="Fewer workers get fewer cells, 16 at least, and rarer failures.")
     ] = False,
     real: Annotated[
         int, typer.Option("--real", min=1, metavar="N", help="Processes here that compute the proposals.")

@@ -70,7 +70,7 @@ def show(sweep: Sweep, workers: Sequence[int], machine: Machine, walltime: float
     """Simulate a sweep on machines of several sizes and print a table.
 
     walltime, queue: of a job, and before each but the first [s]. side: real processes that propose. scale: fewer cells
-    for fewer workers, so that each worker has as many trials. out: keeps the run folders.
+    for fewer workers, so that each worker has as many trials, and rarer failures. out: keeps the run folders.
     """
     cells = grid.cells(sweep)
     if not any(cell.space for cell in cells):
@@ -79,7 +79,9 @@ def show(sweep: Sweep, workers: Sequence[int], machine: Machine, walltime: float
     outcomes: list[Outcome] = []
     for count in workers:
         share = count / max(workers) if scale else 1.0
-        sized = replace(machine, workers=count, advisers=machine.advisers or max(1, min(MOST, count // FED)))
+        # As many nodes as before fail as often; of fewer, one of them fails more seldom.
+        sized = replace(machine, workers=count, mtbf=machine.mtbf / share,
+                        advisers=machine.advisers or max(1, min(MOST, count // FED)))
         job = (settings.dump(sweep), share, sized, walltime, queue, side,
                str(out / str(count)) if out else None)
         # A process of its own, so that its memory is its own.
