@@ -55,7 +55,7 @@ def section(curve: list[Outcome], single: list[Outcome]) -> str:
         "`tomoatlas simulate`: fig4_cocuo on a grid refined to 36 x 48 cells, 80 trials in each; a trial "
         f"takes {MACHINE.median:g} s (lognormal, spread {MACHINE.spread:g}). A node of {MACHINE.per_node} of the "
         f"largest machine's workers fails every {MACHINE.mtbf / 60:g} minutes, where a leadership machine has hours in "
-        f"between, those of a smaller one as much more seldom as it has fewer; it is noticed after {MACHINE.notice:g} s. "
+        f"between, those of a smaller one as much more seldom as it has fewer; noticed after {MACHINE.notice:g} s. "
         "Coordinator, journal, optimisers and side processes are real; their seconds, measured here, pass on the "
         "simulated clock.", "",
         "busy: share of the workers' time in trials until the last was handed out; with the end: until the last ended. "
