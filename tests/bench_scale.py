@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from launch import resources, simulate
@@ -70,7 +71,8 @@ def main() -> None:
     lines = Path(sys.argv[1]).read_text().splitlines() if len(sys.argv) > 1 else None
     curve = ([Outcome(**json.loads(line)) for line in lines] if lines
              else simulated(REFINED, CURVE, MACHINE, scale=True))
-    publish("Scale: a simulated machine", section(curve, simulated(ONE, SINGLE, MACHINE, scale=False)))
+    rarer = replace(MACHINE, mtbf=MACHINE.mtbf * CURVE[0] / SINGLE[0])
+    publish("Scale: a simulated machine", section(curve, simulated(ONE, SINGLE, rarer, scale=False)))
 
 
 if __name__ == "__main__":
