@@ -72,3 +72,31 @@ def multimodal(truth: np.ndarray, numbers: tuple[int, ...], elements: tuple[str,
         haadf = TiltSeries(images, haadf_angles, ("HAADF",), pixel_size, "intensity",
                            noise=np.sqrt([images.mean()]))
     return MultiModal(chem, haadf, numbers, truth.shape[1:], gain, truth)
+
+
+def microscopy(truth: np.ndarray, numbers: tuple[int, ...], elements: tuple[str, ...], *, pixel_size: float,
+               snr: dict[str, float] | None = None, dose: float = 0.0, yields: dict[str, float] | None = None,
+               gamma: float = 1.7, background: float = 0.0, background_known: bool = True,
+               weights: str = "z_gamma_linear", seed: int | list[int] = 0) -> MultiModal:
+    """A HAADF image and the maps taken with it, of `truth` (element, 1, y, x), after F2 (Methods).
+
+    snr: by element, and "haadf". Without it dose [electrons per pixel] and yields: counts per electron where an element
+    has concentration 1, and of "haadf" where the heaviest has. weights: the image is linear in Z^gamma x, as where
+    thickness varies (z_gamma_linear), or in (Z x)^gamma (z_gamma); Poisson distributed counts, without background.
+    """
+    weight = np.asarray(numbers, np.float64) ** gamma
+    power = gamma if weights == "z_gamma" else 1.0
+    image = np.tensordot(weight / weight.max(), truth.astype(np.float64) ** power, 1)[None].astype(np.float32)
+    drawn = {}
+    for k, (clean, offset, names) in enumerate(((truth, background, elements), (image, 0.0, ("haadf",)))):
+        if snr is None:
+            level = clean.mean((1, 2, 3), dtype=np.float64) + offset * clean.max((1, 2, 3))
+            wanted = 1 + dose * np.array([(yields or {})[name] for name in names]) * level
+        else:
+            wanted = np.array([snr[name] for name in names])
+        drawn[names] = poisson_series(clean, wanted, offset, np.random.default_rng([k + 1, *np.atleast_1d(seed)]))
+    (maps, gain, level), (images, *_) = drawn.values()
+    chem = TiltSeries(maps, np.zeros(1), elements, pixel_size, "counts",
+                      level[:, None, None, None] if background_known else 0.0)
+    haadf = TiltSeries(images, np.zeros(1), ("HAADF",), pixel_size, "counts", noise=np.sqrt([images.mean()]))
+    return MultiModal(chem, haadf, numbers, truth.shape[1:], gain, truth)

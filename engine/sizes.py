@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 # A sweep over tilt counts then compiles a handful of programs. One costs 5 to 10 s to compile; up to 16 tilts their
-# projections are a small part of an iteration, and doubling is cheap.
-_BUCKETS = (4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192)
+# projections are a small part of an iteration, and doubling is cheap. A single one, a 2D map, is never padded.
+_BUCKETS = (1, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192)
 
 
 def bucket(tilts: int) -> int:

@@ -1,0 +1,236 @@
+"""Fused multi-modal microscopy (F2): chemical maps from one HAADF image and the maps taken with it.
+
+    minimise over x >= 0   lambda_model / 2 |sum_i c_i x_i^gamma - b_H|^2 / sigma^2
+                         + lambda_chem sum_i KL(b_i, s_i x_i + background_i) + lambda_tv sum_i TV(x_i)        (Eq. 1)
+
+It is fused tomography of one plane at one angle, where the projector is the identity: a map of n x n pixels is a volume
+(element, 1, n, n). F2's lambda_1 is lambda_chem / lambda_model here, and its lambda_2 is lambda_tv / lambda_model, but
+each term carries its statistical weight: 1 and 1 are maximum likelihood, whatever the units of the maps.
+
+Without a projector the elements of a pixel are one small problem, and `fused` solves it nearly at once. Each step
+minimises, by the operators of the 3D solver (`engine.coupling`, `engine.penalties`),
+
+    <slope, u> + TV  +  sum_i h_i (u_i - x_i)^2 / 2  +  P (S'(x) . (u - x))^2 / 2          over u >= floor
+
+with h the Fisher information of the maps, P = lambda_model gain^2 / sigma^2 the image's, and S(x) = sum c_i x_i^gamma.
+The cost never rises: a step that would raise it is not taken, but the dual of TV is kept, so that the next one is closer
+to the minimiser; where the pixel's own curvature was the cause, h grows there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine import coupling, descent, model, uncertainty
+from engine.data import DataError, MultiModal, Solution
+from engine.iterate import Keep, outcomes, settled, solve
+from engine.model import FLOOR, GAIN_STEPS, Problem
+from engine.penalties import Dual, tv_dual, zero_dual
+
+TERMS = ("model", "chem", "tv", "total")
+SLACK = 1e-6  # of the cost: what float32 rounds is no rise
+MEMORY = 0.3  # weight of an iteration in the mean change that ends a solve
+MISTRUST = 1.2  # a pixel whose curvature was this many times the one assumed had a part in a rise
+FADE = 0.7  # by which caution fades in each step taken
+
+
+class DataWarning(UserWarning):
+    """What can be reconstructed, but should not be believed in every respect."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of one solve. `inner`: TV steps per iteration; `missing`: atomic numbers of elements without a map.
+
+    weights: the image is linear in (Z x)^gamma (F2), in Z^gamma x, which holds where thickness varies, or in Z x^gamma.
+    errors: the standard error of every pixel, right for any weights, by F2's Eq. 5 as printed, or none.
+    """
+
+    method: Literal["fused", "chem_tv", "plain", "fista"] = "fused"
+    weights: Literal["z_gamma", "z_gamma_linear", "z"] = "z_gamma"
+    gamma: float = 1.7
+    iterations: int = 200
+    inner: int = 4
+    lambda_model: float = 1.0
+    lambda_chem: float = 1.0
+    lambda_tv: float = 0.1
+    tolerance: float = 1e-6
+    missing: tuple[int, ...] = ()
+    errors: Literal["sandwich", "paper", "none"] = "sandwich"
+
+
+class State(NamedTuple):
+    """Between two iterations: x, what it would give, and the dual of TV."""
+
+    x: jax.Array  # (element, 1, y, x)
+    scatter: jax.Array  # (1, y, x), S(x)
+    tv_dual: Dual
+    gain: jax.Array
+    caution: jax.Array  # (1, y, x), factor of h
+    terms: jax.Array  # of the cost, at this gain
+    drift: jax.Array  # the mean relative change of the last costs
+
+
+class Pull(NamedTuple):
+    """The smooth terms at some x: the maps' value and signal, both slopes, and the image's precision."""
+
+    value: jax.Array
+    signal: jax.Array  # (element, 1, y, x), without background
+    maps: jax.Array  # (element, 1, y, x), lambda_chem d KL / d x
+    images: jax.Array  # (1, y, x); times S' it is the slope of the image's term
+    precision: jax.Array
+
+
+def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[int] = (),
+                observe: Callable[[int, np.ndarray], None] | None = None, keep: Keep | None = None) -> Solution:
+    """Concentrations (element, 1, y, x), and their standard errors as `fields`, from a HAADF image and maps.
+
+    observe(iteration, volume) is called at each checkpoint. keep: where a long solve leaves its state.
+    Warns (DataWarning) of elements without a map. Raises DataError for a tilt series, and where the method needs an
+    image and there is none.
+    """
+    _check(data, settings)
+    counts, fused = data.chem.units == "counts", settings.method == "fused"
+    problem = model.build(data, gamma=settings.gamma, lambda_model=settings.lambda_model,
+                          lambda_chem=settings.lambda_chem, lambda_tv=settings.lambda_tv, weights=settings.weights,
+                          inner=settings.inner, fit=bool(settings.missing))
+    begin, advance, extract = solver(settings.method, counts)
+    observed = None if observe is None else lambda n, state: observe(n, np.asarray(extract(state)))
+    # The short steps of the others are no sign that they have arrived.
+    tolerance = settings.tolerance if fused or settings.method == "chem_tv" else 0.0
+    run = solve(advance, problem, jax.jit(begin)(problem), settings.iterations, tolerance=tolerance,
+                checkpoints=checkpoints, observe=observed, keep=keep)
+    outcome = outcomes(run, 1, tolerance)[0]
+    volume, gain = np.asarray(extract(outcome.state)), float(outcome.state.gain)
+    history = {name: outcome.history[:, k] for k, name in enumerate(TERMS)}
+    metrics: dict[str, Any] = {"iterations": outcome.iterations, "gain": gain, "cost": float(history["total"][-1])}
+    for name in ("sensitivity", "contrast"):
+        values = np.asarray(getattr(problem, name)).ravel()
+        metrics |= {f"{name}_{e}": float(value) for e, value in zip(data.chem.elements, values)}
+    ok = outcome.ok and bool(np.isfinite(volume).all())
+    fields: dict[str, np.ndarray] = {}
+    if ok and settings.errors != "none":
+        fields, found = uncertainty.errors(problem, volume, gain, counts, image_variance(data), settings.errors)
+        metrics |= found
+    return Solution(volume, history, outcome.status, ok, metrics, fields)
+
+
+def solver(method: str, counts: bool) -> tuple[Callable, Callable, Callable]:
+    """(start, step, volume of a state) of a method; the same objects each time, so that nothing compiles twice."""
+    if method in ("plain", "fista"):
+        return descent.solver(method, counts)
+    return _START[method, counts], _STEP[method, counts], volume_of
+
+
+def volume_of(state: State) -> jax.Array:
+    """The volume of a state; pixels on the floor are 0."""
+    return jnp.where(state.x > FLOOR, state.x, 0.0)
+
+
+def image_variance(data: MultiModal) -> float | None:
+    """Where the image is counts: the variance of a pixel per unit of the solver's image, which is divided by its level.
+
+    None where the noise is the same everywhere.
+    """
+    if data.haadf is None or data.haadf.units != "counts":
+        return None
+    image = data.haadf.projections[0] - np.broadcast_to(data.haadf.background, data.haadf.projections.shape)[0]
+    return float(1 / np.sqrt(np.mean(image.astype(np.float64) ** 2)))
+
+
+def _check(data: MultiModal, settings: Settings) -> None:
+    """Data that are one plane, with an image where the method needs one; a warning for elements without a map."""
+    images = data.haadf.tilts if data.haadf is not None else 1
+    if (data.shape[0], data.chem.tilts, images) != (1, 1, 1) or data.shape[1] != data.chem.projections.shape[2]:
+        raise DataError(f"fused2d takes one image and one map per element, not {images} and {data.chem.tilts} for a "
+                        f"volume of {data.shape} voxels; for a tilt series write system: fused3d")
+    angles = [data.chem.angles[0], *(data.haadf.angles if data.haadf is not None else ())]
+    if any(angles):
+        raise DataError(f"fused2d needs maps at 0 degrees, not {angles[0]:g}: a plane has no tilt")
+    if data.haadf is None and settings.method != "chem_tv":
+        raise DataError(f"method {settings.method} needs a HAADF image; without one use chem_tv")
+    if settings.missing:
+        warnings.warn(f"elements {', '.join(map(str, settings.missing))} (atomic numbers) have no map: the share that "
+                      f"each of {', '.join(data.chem.elements)} has in the HAADF image is fitted to the maps, and "
+                      "concentrations are relative to these elements alone", DataWarning, stacklevel=3)
+
+
+def start(problem: Problem, *, counts: bool, fused: bool) -> tuple[State, jax.Array]:
+    """The state before the first iteration, which has the measured maps (F2, Methods), and its cost."""
+    x = problem.start
+    scatter = model.scattering(problem, x)
+    gain = model.fit_gain(problem, scatter, problem.sensitivity * x) if fused else jnp.float32(1)
+    terms = _cost(problem, x, scatter, _pull(problem, x, scatter, gain, counts, fused).value, gain, fused)
+    return settled(State(x, scatter, zero_dual(x), gain, jnp.ones_like(x[0]), terms, jnp.float32(1))), terms
+
+
+def step(problem: Problem, state: State, iteration: jax.Array, *, counts: bool,
+         fused: bool) -> tuple[State, jax.Array, jax.Array]:
+    """One step to the minimiser of the quadratic model, taken if the cost does not rise."""
+    x, gain = state.x, state.gain
+    pull = _pull(problem, x, state.scatter, gain, counts, fused)
+    fisher = problem.lambda_chem * problem.sensitivity**2 * precision(problem, pull.signal, counts)
+    block = coupling.Block(x, pull.images, pull.maps, state.caution * fisher, problem.contrast, problem.gamma,
+                           jnp.float32(1), pull.precision, jnp.float32(FLOOR))
+    target, rate = coupling.target(block, state.tv_dual)
+    dual = tv_dual(target, problem.lambda_tv, rate, state.tv_dual, problem.inner, FLOOR, problem.planes)
+    new, scatter = coupling.minimiser(block, dual)
+    ahead = _pull(problem, new, scatter, gain, counts, fused)
+    terms = _cost(problem, new, scatter, ahead.value, gain, fused)
+    taken = terms[-1] <= (1 + SLACK) * state.terms[-1]
+    wrong = ~taken & _misjudged(problem, block, pull, ahead, new)
+    caution = jnp.where(wrong, 4 * state.caution, jnp.where(taken, jnp.maximum(FADE * state.caution, 1), state.caution))
+    relative = jnp.abs(terms[-1] - state.terms[-1]) / jnp.maximum(state.terms[-1], 1e-20)
+    drift = jnp.where(taken, state.drift + MEMORY * (relative - state.drift), state.drift)
+    new, scatter, terms = (jnp.where(taken, a, b) for a, b in (
+        (new, x), (scatter, state.scatter), (terms, state.terms)))
+    if fused:
+        refit = iteration < GAIN_STEPS
+        gain = jnp.where(refit, model.fit_gain(problem, scatter, problem.sensitivity * new), gain)
+        terms = jnp.where(refit, _cost(problem, new, scatter, terms[1], gain, fused), terms)
+        drift = jnp.where(refit, 1.0, drift)
+    return State(new, scatter, dual, gain, caution, terms, drift), terms, drift
+
+
+def precision(problem: Problem, signal: jax.Array, counts: bool) -> jax.Array:
+    """Fisher information of a map's pixel where its signal is `signal`: 1 / variance."""
+    if not counts:
+        return problem.map_weight * jnp.ones_like(signal)
+    return model.poisson_curvature(signal + problem.background)
+
+
+def _pull(problem: Problem, x: jax.Array, scatter: jax.Array, gain: jax.Array, counts: bool, fused: bool) -> Pull:
+    signal = problem.sensitivity * x
+    value, slope = model.likelihood(problem, signal + problem.background, counts)
+    images, weight = jnp.zeros_like(x[0]), jnp.float32(0)
+    if fused:
+        weight = model.image_precision(problem, gain)
+        images = weight * (scatter - problem.images / gain)
+    return Pull(value, signal, problem.lambda_chem * problem.sensitivity * slope, images, weight)
+
+
+def _cost(problem: Problem, x: jax.Array, scatter: jax.Array, value: jax.Array, gain: jax.Array,
+          fused: bool) -> jax.Array:
+    return model.cost_terms(problem, x, scatter if fused else None, value, gain)
+
+
+def _misjudged(problem: Problem, block: coupling.Block, pull: Pull, ahead: Pull, new: jax.Array) -> jax.Array:
+    """(1, y, x) where the slope has changed by more, along the step, than the quadratic model says."""
+    move = new - block.x
+    before, after = (model.scattering_slope(problem, x) for x in (block.x, new))
+    changed = (move * (ahead.maps - pull.maps + after * ahead.images - before * pull.images)).sum(0)
+    own = block.bound + (block.gamma - 1) * jnp.maximum(before * block.images, 0) / block.x
+    return changed > MISTRUST * ((own * move**2).sum(0) + block.rho * (before * move).sum(0) ** 2)
+
+
+_KINDS = [(name, counts) for name in ("fused", "chem_tv") for counts in (True, False)]
+_START = {(name, counts): partial(start, counts=counts, fused=name == "fused") for name, counts in _KINDS}
+_STEP = {(name, counts): partial(step, counts=counts, fused=name == "fused") for name, counts in _KINDS}
