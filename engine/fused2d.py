@@ -13,8 +13,8 @@ minimises, by the operators of the 3D solver (`engine.coupling`, `engine.penalti
     <slope, u> + TV  +  sum_i h_i (u_i - x_i)^2 / 2  +  P (S'(x) . (u - x))^2 / 2          over u >= floor
 
 with h the Fisher information of the maps, P = lambda_model gain^2 / sigma^2 the image's, and S(x) = sum c_i x_i^gamma.
-The cost never rises: a step that would raise it is not taken, but the dual of TV is kept, so that the next one is closer
-to the minimiser; where the pixel's own curvature was the cause, h grows there.
+The cost never rises: a step that would raise it is not taken, but the dual of TV is kept, so that the next one is
+closer to the minimiser; where the pixel's own curvature was the cause, h grows there.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[i
     counts, fused = data.chem.units == "counts", settings.method == "fused"
     problem = model.build(data, gamma=settings.gamma, lambda_model=settings.lambda_model,
                           lambda_chem=settings.lambda_chem, lambda_tv=settings.lambda_tv, weights=settings.weights,
-                          inner=settings.inner, fit=bool(settings.missing))
+                          inner=settings.inner)
+    if data.haadf is not None and (settings.missing or data.sensitivity is None):
+        problem = problem._replace(contrast=_fitted(problem))
     begin, advance, extract = solver(settings.method, counts)
     observed = None if observe is None else lambda n, state: observe(n, np.asarray(extract(state)))
     # The short steps of the others are no sign that they have arrived.
@@ -161,6 +163,22 @@ def _check(data: MultiModal, settings: Settings) -> None:
         warnings.warn(f"elements {', '.join(map(str, settings.missing))} (atomic numbers) have no map: the share that "
                       f"each of {', '.join(data.chem.elements)} has in the HAADF image is fitted to the maps, and "
                       "concentrations are relative to these elements alone", DataWarning, stacklevel=3)
+
+
+def _fitted(problem: Problem) -> jax.Array:
+    """(element, 1, 1, 1) contrasts that fit the image best, for elements that stand for others or have no known scale.
+
+    From maps smoothed by 2 pixels: the noise of a map looks like a contrast that the image has not. Of elements that go
+    together in all of the specimen (Ga and O in Ga2O3) only the sum is determined; the maps alone tell them apart.
+    """
+    def smooth(a: jax.Array) -> jax.Array:
+        for axis in 4 * (-1, -2):
+            a = _smoothed(a, axis)
+        return a
+
+    contrast = model.fit_contrast(np.asarray(smooth(problem.images)),
+                                  np.asarray(smooth(problem.start) ** problem.gamma))
+    return jnp.asarray(contrast / contrast.max(), jnp.float32).reshape(problem.contrast.shape)
 
 
 def start(problem: Problem, *, counts: bool, fused: bool) -> tuple[State, jax.Array]:

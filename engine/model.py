@@ -63,21 +63,20 @@ class Chemistry(NamedTuple):
 
 
 def build(data: MultiModal, *, gamma: float, lambda_model: float, lambda_chem: float, lambda_tv: float,
-          weights: str, inner: int, held_out: tuple[int, ...] = (), devices: int = 1, fit: bool = False) -> Problem:
+          weights: str, inner: int, held_out: tuple[int, ...] = (), devices: int = 1) -> Problem:
     """Data and weights as device arrays. held_out: indices of chemical tilts that are left out of the fit.
 
     weights: the images are linear in (Z x)^gamma (z_gamma), in Z^gamma x (z_gamma_linear) or in Z x^gamma (z).
 
-    Where sensitivities are unknown, each s_i is set so that the start's brightest percent averages 1. There, and where
-    they are to be (fit), the c_i are fitted to the images by non-negative least squares (a floor of 1e-3 of the largest
-    keeps every element coupled).
+    Where sensitivities are unknown, each s_i is set so that the start's brightest percent averages 1, and the c_i are
+    fitted to the images by non-negative least squares (a floor of 1e-3 of the largest keeps every element coupled).
     devices: slabs the problem is cut into; with two or more every array has a leading axis of slabs.
     """
     base = _based(data, held_out, devices)
     numbers = np.asarray(data.numbers, np.float64)
     contrast = numbers ** (1.0 if weights == "z" else gamma)
     power = 1.0 if weights == "z_gamma_linear" else gamma
-    if data.haadf is not None and (data.sensitivity is None or fit):
+    if data.haadf is not None and data.sensitivity is None:
         scatter = sharding.spread(_scattered(data.chem.projections.shape[2]), devices)
         parts = scatter(base.start, base.image_rays, _alike(np.float32(power), devices))
         images, parts = (sharding.join(a, devices, data.shape[2]) for a in (base.images, parts))

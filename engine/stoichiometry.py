@@ -115,7 +115,8 @@ def _fitted(counts: np.ndarray, edges: np.ndarray, guess: np.ndarray) -> tuple[P
     begin = np.clip(guess.ravel(), low + room, high - room)
     found = least_squares(misfit, begin, bounds=(low, high), x_scale=np.tile((1, width, width), len(guess)))
     numbers = (found.x if found.success else begin).reshape(-1, 3)
-    return tuple(Peak(float(mean), float(sigma), float(share)) for share, mean, sigma in numbers[numbers[:, 1].argsort()])
+    peaks = [Peak(float(mean), float(sigma), float(share)) for share, mean, sigma in numbers]
+    return tuple(sorted(peaks, key=lambda peak: peak.mean))
 
 
 def sensitivity_to(found: Sequence[tuple[float, float]]) -> float:
@@ -125,18 +126,3 @@ def sensitivity_to(found: Sequence[tuple[float, float]]) -> float:
     """
     values = [value for _, value in found]
     return (max(values) - min(values)) / 2
-
-
-def calibrated(volume: np.ndarray, numbers: Sequence[int], contrast: np.ndarray, gamma: float,
-               weights: str = "z_gamma") -> np.ndarray:
-    """Concentrations on one scale for all elements, where sensitivities were not known, (element, ...).
-
-    A solver then finds each map up to a factor k_i, and an image's contrast c_i that is (k_i Z_i)^gamma (z_gamma), or
-    k_i Z_i^gamma (z_gamma_linear): HAADF knows the atomic numbers, so that the ratio to Z's own gives k_i.
-    """
-    number = np.asarray(numbers, np.float64)
-    ratio = np.asarray(contrast, np.float64) / (number if weights == "z" else number**gamma)
-    factor = ratio if weights == "z_gamma_linear" else ratio ** (1 / gamma)
-    factor = factor / factor.max()
-    scaled: np.ndarray = volume * factor.reshape(-1, *(1,) * (np.ndim(volume) - 1))
-    return scaled

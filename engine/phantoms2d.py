@@ -1,8 +1,8 @@
 """Specimens of 2D microscopy, described in nm, so that 64 and 256 pixels show one and the same specimen.
 
 `coscoo`: a CoS core in a CoO shell, a 3D model projected (after F2, Fig. 6). `ga2o3`: overlapping films of Ga and O of
-equal thickness (Fig. 5). `zns_cus`: columns of ZnS and Cu0.64S0.36 at atomic resolution, with a sharp interface that has
-a step edge (Fig. 3). A pixel's value is a mean over its area, in concentration times thickness; the largest of
+equal thickness (Fig. 5). `zns_cus`: columns of ZnS and Cu0.64S0.36 at atomic resolution, with a sharp interface that
+has a step edge (Fig. 3). A pixel's value is a mean over its area, in concentration times thickness; the largest of
 `coscoo` and of `zns_cus` is 1, and in `ga2o3` Ga and O have 0.4 and 0.6.
 """
 
@@ -59,8 +59,8 @@ def _zns_cus(y: np.ndarray, x: np.ndarray) -> np.ndarray:
         for column in range(-reach, reach + 1):
             place = (row * _SPACING, (column + 0.5 * (row % 2)) * _SPACING)
             copper = place[1] > (0.0 if place[0] < 0 else 2 * _SPACING)
-            for element, amount, shift in ((0 if copper else 2, 1.0, 0.0), (1, 36 / 64 if copper else 1.0, _SPACING / 2)):
-                maps[element] += amount * _column(y - place[0] - shift, x - place[1])
+            maps[0 if copper else 2] += _column(y - place[0], x - place[1])
+            maps[1] += (36 / 64 if copper else 1.0) * _column(y - place[0] - _SPACING / 2, x - place[1])
     return maps
 
 
