@@ -59,9 +59,9 @@ def solve(*, system: str, method: str, elements: int, shape: tuple[int, int, int
     gpu, core: solves measured on such machines; the nearest in size is scaled by the work. Without any, the seconds
     come from a model of the hardware. Raises ValueError for a system that is not built.
     """
-    if system != "fused3d":
-        raise ValueError(f"no estimate for system {system}; built: fused3d")
-    nz, ny, nx = shape
+    if system not in ("fused3d", "fused2d"):
+        raise ValueError(f"no estimate for system {system}; built: fused3d, fused2d")
+    nz, ny, nx = shape if system == "fused3d" else (1, *shape[1:])
     fused, levels = method == "fused", halvings(nz, ny)
     width = nx if devices == 1 else slab_width(nx, devices, levels)
     voxels, plane = nz * ny * width, ny * width

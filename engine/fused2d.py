@@ -36,6 +36,7 @@ from engine.model import FLOOR, GAIN_STEPS, Problem
 from engine.penalties import Dual, tv_dual, zero_dual
 
 TERMS = ("model", "chem", "tv", "total")
+BATCHED = ("gamma", "lambda_model", "lambda_chem", "lambda_tv")  # what settings of one batch may differ in
 SLACK = 1e-6  # of the cost: what float32 rounds is no rise
 MEMORY = 0.3  # weight of an iteration in the mean change that ends a solve
 MISTRUST = 1.2  # a pixel whose curvature was this many times the one assumed had a part in a rise
@@ -63,7 +64,7 @@ class Settings:
     lambda_chem: float = 1.0
     lambda_tv: float = 0.1
     tolerance: float = 1e-6
-    missing: tuple[int, ...] = ()
+    missing: tuple[int, ...] | list[int] = ()
     errors: Literal["sandwich", "paper", "none"] = "sandwich"
 
 
@@ -123,6 +124,18 @@ def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[i
         fields, found = uncertainty.errors(problem, volume, gain, counts, image_variance(data), settings.errors)
         metrics |= found
     return Solution(volume, history, outcome.status, ok, metrics, fields)
+
+
+def reconstruct_batch(data: MultiModal, settings: Sequence[Settings], *, checkpoints: Sequence[int] = (),
+                      observe: Callable[[int, int, np.ndarray], None] | None = None,
+                      keep: Keep | None = None) -> list[Solution]:
+    """`reconstruct` for several settings, one after the other: a map fills a device by itself, or is done in no time.
+
+    observe(which, iteration, volume).
+    """
+    watches = [None if observe is None else partial(observe, k) for k in range(len(settings))]
+    return [reconstruct(data, each, checkpoints=checkpoints, observe=watch, keep=keep if len(settings) == 1 else None)
+            for each, watch in zip(settings, watches)]
 
 
 def solver(method: str, counts: bool) -> tuple[Callable, Callable, Callable]:

@@ -71,3 +71,26 @@ def poisson_deviance(counts: np.ndarray, expected: np.ndarray) -> float:
     b = np.asarray(counts, np.float64)
     m = np.maximum(np.asarray(expected, np.float64), 1e-12)
     return float(2 * (np.where(b > 0, b * np.log(np.where(b > 0, b, 1) / m), 0.0) - b + m).sum())
+
+
+def share_rmse(volume: np.ndarray, truth: np.ndarray, level: float = 0.1) -> float:
+    """Root mean square error of each map over the sum of maps, in percent, inside the specimen (F2, Fig. 6).
+
+    Inside: where the sum of the true maps is above `level` of its 99th percentile. Empty pixels have shares of 0.
+    """
+    total = truth.sum(0, dtype=np.float64)
+    inside = total > level * np.percentile(total, 99)
+    shares = [np.divide(x[:, inside], s, out=np.zeros(x[:, inside].shape), where=s > 0)
+              for x in (volume, truth) for s in [x[:, inside].sum(0, dtype=np.float64)]]
+    return 100 * float(np.sqrt(np.mean((shares[0] - shares[1]) ** 2)))
+
+
+def peak_rmse(volume: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(element,) root mean square error with both brought to a maximum of 1, on which F2's PSNR is based."""
+    def peaked(x: np.ndarray) -> np.ndarray:
+        x = np.asarray(x, np.float64).reshape(len(x), -1)
+        top = x.max(1, keepdims=True)
+        return x / np.where(top > 0, top, 1)
+
+    found: np.ndarray = np.sqrt(np.mean((peaked(volume) - peaked(truth)) ** 2, axis=1))
+    return found

@@ -2,7 +2,7 @@
 
 `cocuo`: CoO and CuO nanocubes decorated with Au spheres (after F3, Fig. 4). `conio`: CoO particles in an irregular
 NiO support (after F3, Supplementary). Positions come from a seed of the specimen's own; noise has another.
-A voxel's concentration is the share of its volume that the material covers.
+A voxel's concentration is the share of its volume that the material covers. Specimens of 2D microscopy: `phantoms2d`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine import phantoms2d
+
 FIELD_NM = 150.0  # edge of the cubic field of view
 ELEMENTS: dict[str, dict[str, int]] = {
     "cocuo": {"Co": 27, "Cu": 29, "O": 8, "Au": 79},
     "conio": {"Co": 27, "Ni": 28, "O": 8},
+    **phantoms2d.ELEMENTS,
 }
 SUBSAMPLES = 4  # per axis and voxel: coverage in steps of 1/64, finer than any noise here
 # cocuo: the hardest of thirteen seeds for conventional tomography, taken for that reason: Poisson ML at F3's SNRs has

@@ -16,6 +16,8 @@ ELEMENTS: dict[str, dict[str, int]] = {
     "zns_cus": {"Cu": 29, "S": 16, "Zn": 30},
 }
 FIELD_NM = {"coscoo": 150.0, "ga2o3": 100.0, "zns_cus": 4.0}  # edge of the field of view
+# Where the power is taken in the simulated image: F2 has (Z x)^gamma for the film (Fig. 5); thickness adds up.
+WEIGHTS = {"coscoo": "z_gamma_linear", "ga2o3": "z_gamma", "zns_cus": "z_gamma_linear"}
 SUBSAMPLES = 4  # per axis and pixel
 _SPACING, _WIDTH = 0.27, 0.07  # [nm] between columns (ZnS along [110] has 0.27 and 0.19), and a column's sigma
 

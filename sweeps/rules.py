@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.phantoms import ELEMENTS
+from sweeps.defaults import FLAT
 from sweeps.schema import ChemSource, Element, Measured, Phantom, Range, Source, Sweep
 from sweeps.yamlio import Keys, flow
 
@@ -28,6 +29,7 @@ def tunables(sweep: Sweep) -> dict[str, Range]:
 def conflicts(sweep: Sweep) -> Iterator[Problem]:
     """What does not fit together in a sweep without a grid."""
     data, solver, search = sweep.data, sweep.solver, sweep.search
+    yield from _flat(sweep) if sweep.system == "fused2d" else _solid(sweep)
     yield from _phantom(data, sweep) if isinstance(data, Phantom) else _measured(data, sweep)
     if tunables(sweep) and search.strategy == "per_cell" and search.trials < search.initial:
         yield ("search", "trials"), (f"{search.trials} trials end before the {search.initial} initial ones; "
@@ -44,6 +46,30 @@ def conflicts(sweep: Sweep) -> Iterator[Problem]:
     if search.objective == "heldout" and maps is not None and search.folds > maps:
         yield ("search", "folds"), (f"{search.folds} folds need as many chemical maps, and there are {maps}"
                                     + (f"; write folds: {maps}" if maps > 1 else ""))
+
+
+def _flat(sweep: Sweep) -> Iterator[Problem]:
+    """What fused2d does not take: tilt series, and what only tomography has."""
+    data, solver = sweep.data, sweep.solver
+    if isinstance(data, Phantom) and data.phantom not in FLAT:
+        yield ("data", "phantom"), f"{data.phantom} is a volume; fused2d has {', '.join(FLAT)}"
+    elif isinstance(data, Phantom):
+        for name in ("haadf_tilts", "chem_tilts"):
+            if getattr(data, name) != 1:
+                yield ("data", name), f"fused2d takes one image and one map per element, not {getattr(data, name)}"
+    if solver.method in ("ml", "sirt"):
+        yield ("solver", "method"), f"{solver.method} is for tomography: at one angle the maps are its answer already"
+    for name, wanted in (("coarse", 0), ("devices", 1), ("dual_bits", 32)):
+        if getattr(solver, name) != wanted:
+            yield ("solver", name), f"is for fused3d alone; leave it out, or write {name}: {wanted}"
+
+
+def _solid(sweep: Sweep) -> Iterator[Problem]:
+    """What fused3d does not take."""
+    if isinstance(sweep.data, Phantom) and sweep.data.phantom in FLAT:
+        yield ("data", "phantom"), f"{sweep.data.phantom} is a map; write system: fused2d"
+    if sweep.solver.missing:
+        yield ("solver", "missing"), "is for fused2d alone"
 
 
 def _phantom(data: Phantom, sweep: Sweep) -> Iterator[Problem]:

@@ -22,16 +22,11 @@ from pydantic import (
     model_validator,
 )
 
+from sweeps.defaults import FLAT, FLAT_DATA, FLAT_SOLVER, SHARED_TRIALS, SNR
 from sweeps.yamlio import Document, Keys, dotted, flow, shape, split
 
-BUILT = ("fused3d",)
-PLANNED = ("fused2d", "hebt", "mset", "mspt")
-# F3 gives these for CoO/CuO (Fig. 4); for CoO/NiO it gives none, and nickel takes copper's.
-SNR: dict[str, dict[str, float]] = {
-    "cocuo": {"Co": 1.92, "Cu": 2.89, "O": 2.69, "Au": 1.96, "haadf": 2208.67},
-    "conio": {"Co": 1.92, "Ni": 2.89, "O": 2.69, "haadf": 2208.67},
-}
-SHARED_TRIALS = 15  # docs/BENCHMARKS.md compares the map with that of 30 full trials per cell
+BUILT = ("fused3d", "fused2d")
+PLANNED = ("hebt", "mset", "mspt")
 Number = TypeVar("Number", int, float)
 
 
@@ -182,11 +177,11 @@ Units = Literal["counts", "net_counts", "atomic_percent", "intensity"]
 
 
 class Phantom(Model):
-    """A simulated specimen, after F3."""
+    """A simulated specimen, after F3 or F2."""
 
-    phantom: Literal["cocuo", "conio"] = setting(
-        ..., "-", "specimen: cocuo (CoO, CuO, Au) or conio (CoO in NiO)")
-    size: int = setting(64, "voxels", "edge of the volume; the field of view is 150 nm at any size", ge=8)
+    phantom: Literal["cocuo", "conio", "coscoo", "ga2o3", "zns_cus"] = setting(
+        ..., "-", "specimen: cocuo (CoO, CuO, Au), conio (CoO in NiO); for fused2d coscoo, ga2o3, zns_cus")
+    size: int = setting(64, "voxels", "edge of the volume or map; the field of view is one at any size", ge=8)
     snr: dict[str, float] = setting(
         ..., "-", "signal-to-noise ratio of each element and of haadf; chem multiplies all elements' SNR - 1")
     tilt_range: TiltRange = setting([-70.0, 70.0], "degrees", "lowest and highest tilt")
@@ -207,6 +202,7 @@ class Phantom(Model):
         if not isinstance(raw, dict):
             return raw
         snr = raw.get("snr") or SNR.get(str(raw.get("phantom")), {})
+        raw = (FLAT_DATA if raw.get("phantom") in FLAT else {}) | raw
         return raw | {"snr": {"chem": 1.0} | snr} if isinstance(snr, dict) else raw
 
 
@@ -330,11 +326,12 @@ class Measured(Model):
 
 
 class Fused3D(Model):
-    """Fused multi-modal tomography (F3)."""
+    """Fused multi-modal tomography (F3) and microscopy (F2)."""
 
     method: Literal["fused", "chem_tv", "ml", "sirt", "plain", "fista"] = setting(
         "fused", "-", "fused; plain, fista: the same cost, older solvers; chem_tv, ml, sirt: maps alone")
-    weights: Literal["z_gamma", "z"] = setting("z_gamma", "-", "HAADF is the sum of (Z x)^gamma, or of Z x")
+    weights: Literal["z_gamma", "z", "z_gamma_linear"] = setting(
+        "z_gamma", "-", "HAADF is the sum of (Z x)^gamma, of Z x^gamma, or, where thickness varies, of Z^gamma x")
     gamma: Annotated[Tunable, AfterValidator(_power)] = setting(1.6, "-", "power of Z x in the HAADF model")
     iterations: int = setting(60, "-", "iterations of the solver, at most", ge=1)
     coarse: int = setting(
@@ -349,6 +346,10 @@ class Fused3D(Model):
         32, "bits", "fused: of the numbers of TV's dual; 16 move fewer bytes on a GPU")
     devices: int = setting(
         1, "devices", "GPUs, or parts of a CPU, that share one reconstruction, each a slab along x", ge=1)
+    missing: list[Annotated[int, Field(ge=1, le=118)]] = setting(
+        [], "-", "fused2d: atomic numbers of elements that the specimen has and the maps have not")
+    errors: Literal["sandwich", "paper", "none"] = setting(
+        "sandwich", "-", "fused2d: standard error of each pixel; paper: by F2's Eq. 5 as printed")
     record: Annotated[list[int], AfterValidator(_checkpoints)] = setting(
         [], "-", "iterations at which the volume is scored as well, an axis of the atlas")
 
@@ -408,7 +409,7 @@ class Sweep(Model):
 
     name: Annotated[str, AfterValidator(_file_name)] = setting(
         ..., "-", "name of the sweep and of its folder in runs/")
-    system: Annotated[Literal["fused3d"], BeforeValidator(_system)] = setting(
+    system: Annotated[Literal["fused3d", "fused2d"], BeforeValidator(_system)] = setting(
         "fused3d", "-", "what reconstructs")
     data: Annotated[Annotated[Phantom, _PHANTOM] | Annotated[Measured, _MEASURED],
                     Discriminator(_kind)] = setting(
@@ -427,7 +428,10 @@ class Sweep(Model):
         """`grid:` with nothing below it, or with all of it commented out, is a grid that is not given."""
         if not isinstance(raw, dict):
             return raw
-        return {key: value for key, value in raw.items() if value is not None}
+        raw = {key: value for key, value in raw.items() if value is not None}
+        if raw.get("system") == "fused2d" and isinstance(solver := raw.get("solver", {}), dict):
+            raw["solver"] = FLAT_SOLVER | solver
+        return raw
 
     @property
     def path(self) -> Path | None:

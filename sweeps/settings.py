@@ -66,8 +66,11 @@ def to_yaml(sweep: Sweep, comments: bool = False) -> str:
 
 def template(system: str = "fused3d", measured: bool = False) -> str:
     """A commented YAML to start from, for simulated or for measured data."""
-    example = _EXAMPLE | {"system": system, "data": _MEASURED if measured else _SIMULATED,
-                          "grid": {} if measured else {"haadf_tilts": [0, 9, 47], "chem_tilts": [5, 9, 13]},
+    if system == "fused2d" and measured:
+        raise SettingsError("a template of fused2d is for simulated data; start from it without --measured")
+    simulated, axes = _SIMULATED["fused2d" if system == "fused2d" else "fused3d"]
+    example = _EXAMPLE | {"system": system, "data": _MEASURED if measured else simulated,
+                          "grid": {} if measured else axes,
                           "search": {"objective": "heldout" if measured else "nrmse"}}
     return write(_checked(Document(example, {})), comments=True)
 
@@ -274,7 +277,10 @@ _EXAMPLE: dict[str, Any] = {
     "solver": {"lambda_model": {"low": 1e-3, "high": 1e3, "scale": "log"},
                "lambda_tv": {"low": 1e-3, "high": 1e1, "scale": "log"}},
 }
-_SIMULATED: dict[str, Any] = {"phantom": "cocuo"}
+_SIMULATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # data and grid, by system
+    "fused3d": ({"phantom": "cocuo"}, {"haadf_tilts": [0, 9, 47], "chem_tilts": [5, 9, 13]}),
+    "fused2d": ({"phantom": "coscoo", "size": 128}, {"data.snr.haadf": [5, 20, 100], "data.snr.chem": [0.25, 1, 4]}),
+}
 _MEASURED: dict[str, Any] = {
     "pixel_size": 1.0,
     "haadf": {"path": "haadf.mrc", "axes": ["tilt", "y", "x"], "angles": "haadf.rawtlt"},

@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from engine import measured
+from engine import measured, phantoms2d
 from engine.data import DataError, MultiModal, even_subset
 from engine.phantoms import FIELD_NM, phantom
 from sweeps.schema import Measured, Phantom, Source, Volume
@@ -61,6 +61,8 @@ def truth(folder: Path, data: Phantom) -> np.ndarray:
     inputs = {"phantom": data.phantom, "size": data.size}
 
     def make() -> Arrays:
+        if data.phantom in phantoms2d.ELEMENTS:
+            return {"volume": phantoms2d.phantom(data.phantom, data.size)}
         return {"volume": phantom(data.phantom, (data.size,) * 3, FIELD_NM / data.size)}
 
     return stage(folder, "truth", inputs, make)["volume"]

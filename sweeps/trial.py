@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import estimate, fused3d, metrics, programs, simulate
+from engine import estimate, fused2d, fused3d, metrics, phantoms2d, programs, simulate
 from engine.data import DataError, MultiModal, Solution, TiltSeries
 from engine.iterate import Keep
 from engine.phantoms import ELEMENTS, FIELD_NM
@@ -26,6 +26,7 @@ VOLUME_AXES = ("element", "z", "y", "x")
 CHUNK = 1 << 23  # voxels: few files, and slabs of many volumes fit into memory together (sweeps.volumes)
 EMPTY: dict[str, Any] = {"status": "ok", "objective": None, "metrics": {}, "elements": {}, "checkpoints": [],
                          "iterations": 0, "seconds": 0.0, "batch": 1, "worker": "", "volume": None}
+SYSTEMS: dict[str, Any] = {"fused3d": fused3d, "fused2d": fused2d}
 Score = dict[str, Any]  # {"objective": float | None, "metrics": {...}, "elements": {name: {element: float}}}
 
 
@@ -78,7 +79,7 @@ def _rows(sweeps: Sequence[Sweep], folder: Path, names: Sequence[str], batch: st
 def _alike(sweep: Sweep) -> str:
     """Equal for trials that share data and differ in numbers that a compiled solver takes as they come."""
     settings = dump(sweep)
-    settings["solver"] |= dict.fromkeys(fused3d.BATCHED)
+    settings["solver"] |= dict.fromkeys(SYSTEMS[sweep.system].BATCHED)
     return str((settings, stages.key("data", _inputs(sweep))))
 
 
@@ -98,10 +99,10 @@ def _evaluate(sweeps: Sequence[Sweep], folder: Path, batch: str) -> list[tuple[S
     passed: list[dict[int, Score]] = [{} for _ in sweeps]
     chosen, record = [solver_settings(each) for each in sweeps], sweep.solver.record
     keep = Keep(folder / "partial" / f"{batch}.npz", stages.key("solve", {"data": _inputs(sweep), "solver": chosen}))
-    solutions = fused3d.reconstruct_batch(
+    solutions = SYSTEMS[sweep.system].reconstruct_batch(
         data, chosen, checkpoints=record, keep=None if record else keep,
         observe=lambda k, n, volume: passed[k].update({n: _against_truth(volume, data)}))
-    ends = [_against_truth(solution.volume, data) for solution in solutions]
+    ends = [_against_truth(solution.volume, data, solution.metrics) for solution in solutions]
     if sweep.search.objective == "heldout":
         for k, (held, stopped) in enumerate(_held_out(sweeps, data)):
             ends[k] = _merged(ends[k], held)
@@ -212,22 +213,29 @@ def sensitivities(solution: Solution, data: MultiModal) -> np.ndarray:
     return np.array([solution.metrics[f"sensitivity_{element}"] for element in data.chem.elements])
 
 
-def _against_truth(volume: np.ndarray, data: MultiModal) -> Score:
+AVERAGES = ("average_standard_error", "average_relative_error")
+
+
+def _against_truth(volume: np.ndarray, data: MultiModal, found: Message | None = None) -> Score:
+    """The score of a volume. found: metrics of its solution, of which averages over the map are passed on."""
+    known = {name: value for name in AVERAGES if np.isfinite(value := (found or {}).get(name, np.nan))}
     if data.truth is None:
-        return {"objective": None, "metrics": {}, "elements": {}}
+        return {"objective": None, "metrics": known, "elements": {}}
     each = metrics.nrmse_elements(volume, data.truth)
     scale = metrics.scale_error(volume, data.truth)
     mean = float(each.mean())
     elements = data.chem.elements
-    return {"objective": mean if np.isfinite(mean) else None, "metrics": {"nrmse": mean},
+    if data.shape[0] == 1:
+        known |= {"share_rmse": metrics.share_rmse(volume, data.truth)}
+    return {"objective": mean if np.isfinite(mean) else None, "metrics": {"nrmse": mean, **known},
             "elements": {"nrmse": dict(zip(elements, map(float, each), strict=True)),
                          "scale_error": dict(zip(elements, map(float, scale), strict=True))}}
 
 
-def solver_settings(sweep: Sweep) -> fused3d.Settings:
-    """The engine's settings: the YAML's `solver`, less what only a sweep knows."""
-    values = sweep.solver.model_dump()
-    return fused3d.Settings(**{name: values[name] for name in fused3d.Settings.__dataclass_fields__})
+def solver_settings(sweep: Sweep) -> Any:
+    """The engine's settings for the sweep's system: the YAML's `solver`, less what only a sweep knows."""
+    values, kind = sweep.solver.model_dump(), SYSTEMS[sweep.system].Settings
+    return kind(**{name: values[name] for name in kind.__dataclass_fields__})
 
 
 def prepared(sweep: Sweep, folder: Path) -> MultiModal:
@@ -245,7 +253,7 @@ def _inputs(sweep: Sweep) -> dict[str, Any]:
     if isinstance(sweep.data, Measured):
         return inputs
     gamma = sweep.data.gamma if sweep.data.gamma is not None else sweep.solver.gamma
-    return inputs | {"gamma": gamma, "weights": sweep.solver.weights}
+    return inputs | {"gamma": gamma, "weights": phantoms2d.WEIGHTS.get(sweep.data.phantom, sweep.solver.weights)}
 
 
 class _Recent:
@@ -275,11 +283,15 @@ def _simulate(data: Phantom, folder: Path, inputs: dict[str, Any]) -> MultiModal
     snr = {element: 1 + data.snr["chem"] * (data.snr[element] - 1) for element in elements}
     seed = [inputs["seed"], data.replicate, zlib.crc32(stages.key("noise", inputs).encode())]
 
+    flat = data.phantom in phantoms2d.ELEMENTS
+    pixel = (phantoms2d.FIELD_NM[data.phantom] if flat else FIELD_NM) / data.size
+
     def make() -> stages.Arrays:
-        made = simulate.multimodal(
-            volume, tuple(elements.values()), tuple(elements), pixel_size=FIELD_NM / data.size, haadf_angles=haadf,
-            chem_angles=chem, snr=snr | {"haadf": data.snr["haadf"]}, gamma=inputs["gamma"],
-            background=data.background, background_known=data.background_known, weights=inputs["weights"], seed=seed)
+        angles = {} if flat else {"haadf_angles": haadf, "chem_angles": chem}
+        made: MultiModal = (simulate.microscopy if flat else simulate.multimodal)(
+            volume, tuple(elements.values()), tuple(elements), pixel_size=pixel,
+            snr=snr | {"haadf": data.snr["haadf"]}, gamma=inputs["gamma"], background=data.background,
+            background_known=data.background_known, weights=inputs["weights"], seed=seed, **angles)
         arrays = {"maps": made.chem.projections, "background": np.asarray(made.chem.background),
                   "sensitivity": np.asarray(made.sensitivity)}
         if made.haadf is not None:
@@ -287,12 +299,12 @@ def _simulate(data: Phantom, folder: Path, inputs: dict[str, Any]) -> MultiModal
         return arrays
 
     arrays = stages.stage(folder, "simulate", inputs, make)
-    pixel = FIELD_NM / data.size
     maps = TiltSeries(arrays["maps"], chem, tuple(elements), pixel, "counts", arrays["background"])
     images = None
     if "images" in arrays:
-        images = TiltSeries(arrays["images"], haadf, ("HAADF",), pixel, "intensity", noise=arrays["noise"])
-    return MultiModal(maps, images, tuple(elements.values()), (data.size,) * 3, arrays["sensitivity"], volume)
+        images = TiltSeries(arrays["images"], haadf, ("HAADF",), pixel, "counts" if flat else "intensity",
+                            noise=arrays["noise"])
+    return MultiModal(maps, images, tuple(elements.values()), volume.shape[1:], arrays["sensitivity"], volume)
 
 
 def _volume_name(row: dict[str, Any]) -> str:
