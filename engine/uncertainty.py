@@ -34,7 +34,7 @@ def errors(problem: Problem, volume: np.ndarray, gain: float, counts: bool, imag
 
     volume: (element, 1, y, x). image_variance: per unit of the image where it is counts; None: the same everywhere.
     kind: "sandwich" or "paper". standard_error is that of the concentrations, relative_error that of each map over the
-    sum of maps, outside of the object NaN. Averages are over elements and pixels that have one, in the object.
+    sum of maps, in percent and NaN outside of the object. Averages are over elements and pixels that have one, in the object.
     """
     elements, shape = len(volume), volume.shape
     x = volume.reshape(elements, -1).astype(np.float64)
@@ -47,6 +47,7 @@ def errors(problem: Problem, volume: np.ndarray, gain: float, counts: bool, imag
     total = x.sum(0)
     inside = total > OBJECT * np.percentile(total, 99)
     relative[:, ~inside] = np.nan
+    relative *= 100
     averages = {"average_standard_error": _mean(error[:, inside]), "average_relative_error": _mean(relative)}
     maps = {"standard_error": error, "relative_error": relative}
     return {name: each.reshape(shape).astype(np.float32) for name, each in maps.items()}, averages

@@ -276,18 +276,17 @@ def _simulate(data: Phantom, folder: Path, inputs: dict[str, Any]) -> MultiModal
     """A simulated measurement; its noise follows from the sweep's seed and the data settings alone."""
     elements = ELEMENTS[data.phantom]
     volume = stages.truth(folder, data)
-    low, high = data.tilt_range
+    flat = data.phantom in phantoms2d.ELEMENTS
+    pixel = (phantoms2d.FIELD_NM[data.phantom] if flat else FIELD_NM) / data.size
+    low, high = (0.0, 0.0) if flat else data.tilt_range
     haadf = simulate.spread((low, high), data.haadf_tilts)
     chem = simulate.chemical_angles((low, high), data.haadf_tilts, data.chem_tilts, data.chem_angles)
     # snr.chem scales the mean counts, and so SNR - 1, of all elements together.
     snr = {element: 1 + data.snr["chem"] * (data.snr[element] - 1) for element in elements}
     seed = [inputs["seed"], data.replicate, zlib.crc32(stages.key("noise", inputs).encode())]
 
-    flat = data.phantom in phantoms2d.ELEMENTS
-    pixel = (phantoms2d.FIELD_NM[data.phantom] if flat else FIELD_NM) / data.size
-
     def make() -> stages.Arrays:
-        angles = {} if flat else {"haadf_angles": haadf, "chem_angles": chem}
+        angles: dict[str, Any] = {} if flat else {"haadf_angles": haadf, "chem_angles": chem}
         made: MultiModal = (simulate.microscopy if flat else simulate.multimodal)(
             volume, tuple(elements.values()), tuple(elements), pixel_size=pixel,
             snr=snr | {"haadf": data.snr["haadf"]}, gamma=inputs["gamma"], background=data.background,

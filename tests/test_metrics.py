@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from engine.metrics import correlation, nrmse, nrmse_elements, poisson_deviance, scale_error
+from engine.metrics import (
+    correlation,
+    nrmse,
+    nrmse_elements,
+    peak_rmse,
+    poisson_deviance,
+    scale_error,
+    share_rmse,
+)
 
 
 @pytest.fixture
@@ -81,3 +89,24 @@ def test_deviance_is_least_at_the_true_mean():
 def test_deviance_of_an_impossible_model_is_large_but_finite():
     assert 10 < poisson_deviance(np.array([1.0]), np.array([0.0])) < 100
     assert poisson_deviance(np.array([0.0]), np.array([0.0])) == pytest.approx(0, abs=1e-9)
+
+
+def test_shares_are_compared_inside_the_specimen_and_know_no_scale():
+    truth = np.zeros((2, 1, 20, 20))
+    truth[:, 0, 5:15, 5:15] = np.array([0.4, 0.6])[:, None, None]
+    wrong = truth + 0
+    wrong[:, 0, 5:15, 5:15] = np.array([0.5, 0.5])[:, None, None]
+    noise = np.zeros_like(truth)
+    noise[0, 0, :3] = 5  # far from it
+    assert share_rmse(7 * truth + noise, truth) == pytest.approx(0, abs=1e-9)
+    assert share_rmse(wrong, truth) == pytest.approx(10)
+    assert share_rmse(0 * truth, truth) == pytest.approx(100 * np.sqrt((0.4**2 + 0.6**2) / 2))
+
+
+def test_peak_normalised_error_is_of_maps_with_a_maximum_of_1():
+    truth = np.random.default_rng(0).random((2, 1, 9, 9))
+    truth[:, 0, 0, 0] = 1
+    np.testing.assert_allclose(peak_rmse(3 * truth, truth), 0, atol=1e-12)
+    half = truth.copy()
+    half[:, 0, 1, 1] -= 0.9
+    np.testing.assert_allclose(peak_rmse(half, truth), 0.1)

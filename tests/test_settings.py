@@ -14,7 +14,7 @@ import pytest
 from engine.phantoms import ELEMENTS
 from launch.resources import configs
 from sweeps import settings
-from sweeps.schema import SNR
+from sweeps.defaults import FLAT, SNR
 from sweeps.settings import Range, SettingsError
 from sweeps.yamlio import flow
 
@@ -364,7 +364,8 @@ def test_words_stay_words_on_the_way_through_yaml(word: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("phantom", ELEMENTS)
 def test_the_noise_of_the_paper_is_the_default(phantom: str) -> None:
     assert list(SNR[phantom]) == [*ELEMENTS[phantom], "haadf"]
-    sweep = settings.load({"name": "a", "data": {"phantom": phantom}})
+    system = "fused2d" if phantom in FLAT else "fused3d"
+    sweep = settings.load({"name": "a", "system": system, "data": {"phantom": phantom}})
     assert sweep.data.snr == SNR[phantom] | {"chem": 1.0}
 
 

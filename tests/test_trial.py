@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
-from engine import estimate, fused3d, iterate, metrics
+from engine import estimate, fused2d, fused3d, iterate, metrics
 from sweeps import stages, trial
 from sweeps.schema import Fused3D
 from sweeps.settings import dump, load
@@ -322,6 +322,48 @@ def test_settings_that_are_wrong_do_not_fail_their_batch(tmp_path):
 
 def test_settings_of_the_solver_are_those_of_the_yaml():
     yaml, engine = Fused3D().model_dump(), {field.name: field.default for field in fields(fused3d.Settings)}
-    assert set(yaml) - set(engine) == {"record"}
+    assert set(yaml) - set(engine) == {"record", "missing", "errors"}
     assert {name: yaml[name] for name in engine} == engine
     assert trial.solver_settings(settings()) == fused3d.Settings(iterations=10, lambda_tv=0.3)
+    assert trial.solver_settings(flat(solver__missing="[83]")) == fused2d.Settings(
+        weights="z_gamma_linear", lambda_tv=0.3, tolerance=1e-5, missing=[83])
+
+
+# ---- 2D microscopy
+
+
+def flat(**changes):
+    overrides = [f"{name.replace('__', '.')}={value}" for name, value in changes.items()]
+    data = {"phantom": "coscoo", "size": 32, "snr": {"Co": 5, "S": 5, "O": 5, "haadf": 100, "chem": 1}}
+    return load({"name": "t", "system": "fused2d", "data": data,
+                 "solver": {"weights": "z_gamma_linear", "lambda_tv": 0.3}, "output": {"save": "all"}}, overrides)
+
+
+def test_a_map_is_scored_and_written_with_its_errors(tmp_path):
+    row = run(message(tmp_path, flat()))
+    assert row["status"] == "ok" and row["objective"] == row["metrics"]["nrmse"] < 0.5
+    assert {"share_rmse", "average_standard_error", "average_relative_error"} <= row["metrics"].keys()
+    assert row["metrics"]["average_relative_error"] == pytest.approx(row["metrics"]["share_rmse"], rel=0.3)
+    kept = zarr.open_group(tmp_path / row["volume"], mode="r")
+    assert kept["volume"].shape == kept["field_standard_error"].shape == (3, 1, 32, 32)
+
+
+def test_maps_have_the_noise_of_their_own_cell(tmp_path):
+    """The same for every weight and way of solving, another for another SNR; counts of the SNR asked for."""
+    def seen(**changes):
+        return trial.prepared(flat(**changes), tmp_path)
+
+    first, heavier = seen(), seen(solver__lambda_tv=3.0, solver__weights="z_gamma")
+    np.testing.assert_array_equal(first.chem.projections, heavier.chem.projections)
+    np.testing.assert_array_equal(first.haadf.projections, heavier.haadf.projections)
+    louder = seen(data__snr__chem=10.0)
+    np.testing.assert_allclose(louder.chem.projections.mean((1, 2, 3)), 40, rtol=0.05)
+    assert first.shape == (1, 32, 32) and not first.chem.angles.any() and first.haadf.units == "counts"
+
+
+def test_a_batch_of_maps_is_what_its_members_are_alone(tmp_path):
+    sweeps = [flat(solver__lambda_tv=weight) for weight in (0.1, 1.0)]
+    rows = trial.run(message(tmp_path, *sweeps))
+    assert [row["batch"] for row in rows] == [2, 2]
+    for row, sweep in zip(rows, sweeps, strict=True):
+        assert run(message(tmp_path, sweep))["objective"] == pytest.approx(row["objective"], rel=1e-6)

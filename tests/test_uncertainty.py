@@ -31,7 +31,7 @@ def test_predicted_errors_are_the_spread_over_noise_draws(weights, lambda_chem):
     volumes, first, truth = draws(weights, lambda_chem=lambda_chem, lambda_tv=1e-6, iterations=80)
     inside = truth > 0.15
     found = ratio(first.fields["standard_error"], volumes, inside)
-    share = volumes / np.maximum(volumes.sum(1, keepdims=True), 1e-6)
+    share = 100 * volumes / np.maximum(volumes.sum(1, keepdims=True), 1e-6)
     relative = ratio(first.fields["relative_error"], share, inside)
     print(f"{weights}, lambda_chem {lambda_chem:.3g}, without TV: predicted over observed {found:.3f}, "
           f"of shares {relative:.3f}")

@@ -1,0 +1,34 @@
+"""Settings of 2D microscopy: their own defaults, and refusals of what belongs to tomography."""
+
+from pathlib import Path
+
+import pytest
+
+from sweeps import settings
+from sweeps.settings import SettingsError
+
+
+def test_the_template_of_fused2d_loads_with_its_own_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(settings.template("fused2d"))
+    sweep = settings.load(path)
+    assert (sweep.system, sweep.data.phantom, sweep.data.haadf_tilts, sweep.data.chem_tilts) == (
+        "fused2d", "coscoo", 1, 1)
+    assert sweep.solver.gamma == 1.7 and sweep.solver.coarse == 0 and settings.load(settings.dump(sweep)) == sweep
+    with pytest.raises(SettingsError, match="without --measured"):
+        settings.template("fused2d", measured=True)
+
+
+@pytest.mark.parametrize(("system", "section", "value", "words"), [
+    ("fused2d", "data", {"phantom": "cocuo"}, "cocuo is a volume; fused2d has coscoo, ga2o3, zns_cus"),
+    ("fused2d", "data", {"phantom": "ga2o3", "chem_tilts": 3}, "one map per element, not 3"),
+    ("fused2d", "solver", {"method": "sirt"}, "sirt is for tomography"),
+    ("fused2d", "solver", {"coarse": 20}, "write coarse: 0"),
+    ("fused2d", "solver", {"devices": 2}, "is for fused3d alone"),
+    ("fused3d", "data", {"phantom": "ga2o3"}, "ga2o3 is a map; write system: fused2d"),
+    ("fused3d", "solver", {"missing": [83]}, "is for fused2d alone"),
+])
+def test_systems_take_what_is_theirs(system: str, section: str, value: dict, words: str) -> None:
+    data = {"phantom": "coscoo" if system == "fused2d" else "cocuo"}
+    with pytest.raises(SettingsError, match=words):
+        settings.load({"name": "a", "system": system, "data": data} | {section: value})
