@@ -34,7 +34,8 @@ def errors(problem: Problem, volume: np.ndarray, gain: float, counts: bool, imag
 
     volume: (element, 1, y, x). image_variance: per unit of the image where it is counts; None: the same everywhere.
     kind: "sandwich" or "paper". standard_error is that of the concentrations, relative_error that of each map over the
-    sum of maps, in percent and NaN outside of the object. Averages are over elements and pixels that have one, in the object.
+    sum of maps, in percent and NaN outside of the object. Averages are over elements and pixels in the object that have
+    one.
     """
     elements, shape = len(volume), volume.shape
     x = volume.reshape(elements, -1).astype(np.float64)

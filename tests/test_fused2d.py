@@ -12,6 +12,7 @@ from scipy.optimize import minimize
 from engine import fused2d, model, phantoms2d, simulate
 from engine.data import DataError
 from engine.fused2d import DataWarning, Settings, reconstruct
+from engine.metrics import peak_rmse
 from tests.specimens import as_net_counts, distance, with_images, with_maps
 
 SIZE = 32
@@ -203,6 +204,17 @@ def test_fused_beats_what_sees_the_maps_alone():
     fused, alone = (min(error(reconstruct(data, Settings(method=method, weights="z_gamma_linear", lambda_tv=tv)), data)
                         for tv in (0.1, 0.3, 1, 3, 10)) for method in ("fused", "chem_tv"))
     assert fused < 0.8 * alone < 0.8 * float(np.sqrt(np.mean((raw - data.truth) ** 2)))
+
+
+def test_at_atomic_resolution_the_error_falls_four_times():
+    """F2's gain in SNR of 300 %: the error of peak-normalised maps at SNR 5, as a mean over the elements."""
+    data = measured("zns_cus", size=128, snr=5.0, haadf=1000.0, weights="z_gamma_linear")
+    solution = reconstruct(data, Settings(weights="z_gamma_linear", lambda_tv=4.0))
+    raw = peak_rmse(data.chem.projections / data.sensitivity[:, None, None, None], data.truth)
+    gain = raw / peak_rmse(solution.volume, data.truth)
+    decibels = 20 * np.log10(gain)
+    print("; ".join(f"{e} {g:.2f} times, {d:.1f} dB" for e, g, d in zip(data.chem.elements, gain, decibels)))
+    assert gain.mean() > 4 and gain.min() > 1.5
 
 
 def test_where_thickness_varies_the_power_is_of_z_alone():

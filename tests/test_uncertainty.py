@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from engine.fused2d import Settings, reconstruct
+from engine.metrics import share_rmse
 from tests.test_fused2d import measured
 
 DRAWS = 50
@@ -72,6 +73,20 @@ def test_relative_errors_cancel_where_elements_move_together():
     solution = reconstruct(data, Settings(lambda_tv=1e-3))
     relative = solution.fields["relative_error"][:, data.truth.sum(0) > 0.9]
     np.testing.assert_allclose(relative[0], relative[1], rtol=1e-3)
+
+
+def test_the_average_error_tells_the_rmse_where_the_snr_is_above_10():
+    """F2, Fig. 6c: the two are proportional, with a slope near one for errors that are right."""
+    found = []
+    for haadf in (20.0, 100.0):
+        for snr in (13.0, 21.0, 33.0, 51.0):
+            data = measured(size=48, snr=snr, haadf=haadf, weights="z_gamma_linear")
+            solution = reconstruct(data, Settings(weights="z_gamma_linear", lambda_tv=0.3))
+            found.append((share_rmse(solution.volume, data.truth), solution.metrics["average_relative_error"]))
+    rmse, predicted = np.array(found).T
+    correlation, slope = np.corrcoef(rmse, predicted)[0, 1], (rmse @ predicted) / (rmse @ rmse)
+    print(f"average standard error against RMSE: correlation {correlation:.4f}, slope {slope:.3f}")
+    assert correlation > 0.9 and 0.8 < slope < 1.2
 
 
 def test_eq_5_as_printed_is_an_option_and_knows_no_weights():
