@@ -121,7 +121,9 @@ def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[i
     ok = outcome.ok and bool(np.isfinite(volume).all())
     fields: dict[str, np.ndarray] = {}
     if ok and settings.errors != "none":
-        fields, found = uncertainty.errors(problem, volume, gain, counts, image_variance(data), settings.errors)
+        # An image that the method has not seen makes nothing more certain.
+        used = problem if settings.method != "chem_tv" else problem._replace(images=problem.images[:0])
+        fields, found = uncertainty.errors(used, volume, gain, counts, image_variance(data), settings.errors)
         metrics |= found
     return Solution(volume, history, outcome.status, ok, metrics, fields)
 

@@ -51,8 +51,7 @@ def test_the_error_of_one_map_alone_is_that_of_its_counts():
     """Without an image the variance of x is that of the counts over s^2, whatever the weight."""
     data = measured(snr=12.0)
     for lambda_chem in (1.0, 20.0):
-        solution = reconstruct(data, Settings(method="chem_tv", lambda_chem=lambda_chem, lambda_tv=1e-6,
-                                              lambda_model=1e-6))
+        solution = reconstruct(data, Settings(method="chem_tv", lambda_chem=lambda_chem, lambda_tv=1e-6))
         expected = np.sqrt(solution.volume / data.sensitivity[:, None, None, None])
         inside = data.truth > 0.15
         np.testing.assert_allclose(solution.fields["standard_error"][inside], expected[inside], rtol=1e-3)
