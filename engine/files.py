@@ -11,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,22 @@ import numpy as np
 from engine.data import DataError
 
 ROSETTA = (".hspy", ".emd", ".bcf", ".dm3", ".dm4", ".tif", ".tiff", ".ser")
+ENERGIES = ("keV", "eV")
 NANOMETRES = {"m": 1e9, "mm": 1e6, "µm": 1e3, "μm": 1e3, "um": 1e3, "nm": 1.0, "Å": 0.1, "A": 0.1, "pm": 1e-3}
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The arrays of one file by name, read when asked for, and pixel sizes [nm] where it states them.
+    """The arrays of one file by name, read when asked for, and what it states of them by name.
 
+    pixels: sizes [nm]. energies: of a spectrum's first channel, and between channels, in the file's unit.
     An array without a name is called "".
     """
 
     path: Path
     arrays: Mapping[str, Any]
     pixels: Mapping[str, float]
+    energies: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def name(self, key: str | None) -> str:
         """`key`, checked; without it the file's only array."""
@@ -94,7 +97,8 @@ def meant(word: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-Read = tuple[Mapping[str, Any], dict[str, float]]
+Read = tuple[Mapping[str, Any], dict[str, float]] | tuple[
+    Mapping[str, Any], dict[str, float], dict[str, tuple[float, float]]]
 
 
 class _Npz(Mapping[str, np.ndarray]):
@@ -174,6 +178,7 @@ def _rosetta(path: Path) -> Read:
                         'pip install "tomoatlas[files]"') from None
     arrays: dict[str, Any] = {}
     pixels: dict[str, float] = {}
+    energies: dict[str, tuple[float, float]] = {}
     signals = reader.file_reader(str(path))
     for signal in signals:
         title = signal.get("metadata", {}).get("General", {}).get("title")
@@ -183,7 +188,10 @@ def _rosetta(path: Path) -> Read:
         lengths = [abs(float(axis["scale"])) * NANOMETRES[axis["units"]] for axis in signal["axes"]
                    if axis.get("units") in NANOMETRES]
         pixels |= {name: lengths[-1]} if lengths else {}
-    return arrays, pixels
+        channels = [(float(axis["offset"]), float(axis["scale"])) for axis in signal["axes"]
+                    if axis.get("units") in ENERGIES]
+        energies |= {name: channels[-1]} if channels else {}
+    return arrays, pixels, energies
 
 
 READERS: dict[str, Callable[[Path], Read]] = {

@@ -119,12 +119,12 @@ def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[i
         values = np.asarray(getattr(problem, name)).ravel()
         metrics |= {f"{name}_{e}": float(value) for e, value in zip(data.chem.elements, values)}
     ok = outcome.ok and bool(np.isfinite(volume).all())
-    fields: dict[str, np.ndarray] = {}
+    fields = _as_measured(data, problem)
     if ok and settings.errors != "none":
         # An image that the method has not seen makes nothing more certain.
         used = problem if settings.method != "chem_tv" else problem._replace(images=problem.images[:0])
-        fields, found = uncertainty.errors(used, volume, gain, counts, image_variance(data), settings.errors)
-        metrics |= found
+        maps, found = uncertainty.errors(used, volume, gain, counts, image_variance(data), settings.errors)
+        fields, metrics = fields | maps, metrics | found
     return Solution(volume, history, outcome.status, ok, metrics, fields)
 
 
@@ -161,6 +161,13 @@ def image_variance(data: MultiModal) -> float | None:
         return None
     image = data.haadf.projections[0] - np.broadcast_to(data.haadf.background, data.haadf.projections.shape)[0]
     return float(1 / np.sqrt(np.mean(image.astype(np.float64) ** 2)))
+
+
+def _as_measured(data: MultiModal, problem: Problem) -> dict[str, np.ndarray]:
+    """What was measured, to lay beside the result: maps as concentrations (element, 1, y, x), and the image (y, x)."""
+    maps = (data.chem.projections - data.chem.background) / np.asarray(problem.sensitivity).reshape(-1, 1, 1, 1)
+    image = {} if data.haadf is None else {"image": data.haadf.projections[0, 0]}
+    return {"measured": maps.astype(np.float32)} | image
 
 
 def _check(data: MultiModal, settings: Settings) -> None:

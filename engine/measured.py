@@ -16,8 +16,10 @@ from scipy.ndimage import gaussian_filter
 
 from engine.data import DataError, TiltSeries, Units
 from engine.files import Contents, meant, open_file, reading
+from engine.spectra import maps as maps_of
 
 ORDER = ("element", "tilt", "y", "x")
+SPECTRAL = ("tilt", "y", "x", "energy")
 # A side window holds a tenth of a count per pixel: one pixel of it says nothing about its own background. For
 # seven lines of an interplanetary dust particle, Gaussians of 3 to 6 pixels over half the counts of the side
 # windows predicted the other half best, by 580 to 6,800 of Poisson deviance better than each image's mean.
@@ -47,16 +49,20 @@ class Recording:
 
 
 def read_series(
-    path: str | Path, *, axes: Sequence[str], angles: Sequence[float] | str, key: str | None = None,
+    path: str | Path, *, axes: Sequence[str], angles: Sequence[float] | str | None = None, key: str | None = None,
     root: str | Path = ".", tilts: Sequence[int] | None = None, elements: Mapping[str, Any] | None = None,
     names_key: str | None = None, shifts: Sequence[Sequence[float]] | str | None = None,
     shift_axes: Sequence[str] = ("y", "x"), background: Any = None, units: Units = "counts",
+    energy: Mapping[str, float] | None = None, smooth: float | None = None,
 ) -> Recording:
-    """A tilt series from a file.
+    """An image, a tilt series, or maps out of spectrum images, from a file.
 
     path: the file, relative to `root`. key: the array in it.
-    axes: the array's axes in its own order, of element, tilt, y, x; x is the tilt axis.
-    angles: [deg] a list, "key:NAME" of an array, or a file (.rawtlt, .tlt, .txt) relative to `root`.
+    axes: the array's axes in its own order, of element, tilt, y, x; x is the tilt axis. Of a spectrum image: of
+        tilt, y, x, energy; then every element has a window {Fe: {window: [6.3, 6.5], sides: [[6.0, 6.2], ...]}}
+        (`engine.spectra`).
+    angles: [deg] a list, "key:NAME" of an array, or a file (.rawtlt, .tlt, .txt) relative to `root`; None: one image
+        at 0 degrees.
     tilts: indices of the projections to use; angles, shifts and backgrounds are given for all of them.
     elements: None for HAADF. With `names_key`, the name of an array of names, a map is found by its element's
         name, or several are summed: {Pt: {lines: [PtL, PtM]}}. Without it maps are in the order of the
@@ -65,6 +71,8 @@ def read_series(
     shift_axes: along what; "-x" for a shift that is counted against x.
     background: a number, one per tilt, (element, tilt) numbers, or {key, scale_key, smooth, factor} for side
         windows of a spectrum.
+    energy: {first, step} of a spectrum image's channels, in the unit of the windows; without it the file's.
+    smooth: [pixels] of the Gaussian over a spectrum image's background; without it SMOOTHING.
     """
     if units not in get_args(Units):
         raise DataError(f"{path}: units {units!r}{meant(units, get_args(Units))} are not known; "
@@ -72,14 +80,23 @@ def read_series(
     contents = open_file(Path(root, path))
     name = contents.name(key)
     where = _where(contents, name)
-    array = arrange(_numbers(contents, name), axes, ORDER, where)
-    maps, count = array.shape[:2]
-    groups = _groups(elements, _names(contents, names_key, maps), maps, where)
     names = tuple(elements) if elements else ("HAADF",)
+    if "energy" in axes:
+        array, level = _of_spectra(contents, name, axes, elements or {}, energy, smooth, background, where)
+        if units != "counts":
+            array, level = array - level, np.zeros((1, 1, 1, 1), np.float32)
+        groups = [[k] for k in range(len(names))]
+    else:
+        array = arrange(_numbers(contents, name), axes, ORDER, where)
+        groups = _groups(elements, _names(contents, names_key, len(array)), len(array), where)
+        level = _background(background, contents, axes, array.shape, groups, names)
+    count = array.shape[1]
     used = _used(tilts, count, where)
-    level = _background(background, contents, axes, array.shape, groups, names)
+    if angles is None and count > 1:
+        raise DataError(f"{where}: {count} projections and no angles; give angles, in degrees")
     return Recording(
-        projections=_pick(array, groups, used), angles=read_angles(angles, contents, root, count)[used],
+        projections=_pick(array, groups, used),
+        angles=read_angles([0.0] if angles is None else angles, contents, root, count)[used],
         elements=names, units=units, shifts=_shifts(shifts, shift_axes, contents, count)[used],
         background=level[:, used] if level.shape[1] == count else level,
         pixel_size=contents.pixels.get(name), where=where)
@@ -139,6 +156,22 @@ def arrange(array: np.ndarray, axes: Sequence[str], order: Sequence[str], where:
         raise DataError(f"{where}: {given} do not say which axis is {' and '.join(missing)}; name every axis")
     moved = array.transpose([axes.index(word) for word in order if word in axes])
     return np.expand_dims(moved, [i for i, word in enumerate(order) if word not in axes])
+
+
+def _of_spectra(contents: Contents, key: str, axes: Sequence[str], elements: Mapping[str, Any],
+                energy: Mapping[str, float] | None, smooth: float | None, background: Any,
+                where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and background (element, tilt, y, x) of a spectrum image."""
+    if background is not None:
+        raise DataError(f"{where}: a spectrum image takes its background from sides or before of each element; leave "
+                        "out background")
+    spectra = arrange(_numbers(contents, key), axes, SPECTRAL, where)
+    first, step = (energy["first"], energy["step"]) if energy else contents.energies.get(key, (0.0, 0.0))
+    if step <= 0:
+        raise DataError(f"{where}: states no energies; give energy: {{first: , step: }} of its channels")
+    entries = {name: entry if isinstance(entry, Mapping) else {} for name, entry in elements.items()}
+    return maps_of(spectra, first + step * np.arange(spectra.shape[-1]), entries,
+                   SMOOTHING if smooth is None else smooth, where)
 
 
 def _where(contents: Contents, name: str) -> str:

@@ -15,9 +15,10 @@ from engine import estimate
 from engine.estimate import size
 from launch import devices, resources
 from sweeps import grid
+from sweeps.fields import ends
 from sweeps.grid import Cell
-from sweeps.schema import Measured, ends
 from sweeps.settings import Sweep, get, tunables
+from sweeps.sources import Measured
 from sweeps.tables import CONVENTIONAL, shown, title
 
 if TYPE_CHECKING:
@@ -181,8 +182,9 @@ def _extent(sweep: Sweep, opened: dict[str, tuple[Extent, list[str]]]) -> tuple[
             opened[key] = _measured(sweep, data)
         return opened[key]
     size = data.size
+    depth = 1 if sweep.system == "fused2d" else size
     return Extent(
-        tuple(ELEMENTS[data.phantom]), (size, size, size), data.haadf_tilts, data.chem_tilts, FIELD_NM / size
+        tuple(ELEMENTS[data.phantom]), (depth, size, size), data.haadf_tilts, data.chem_tilts, FIELD_NM / size
     ), []
 
 
@@ -193,7 +195,7 @@ def _measured(sweep: Sweep, data: Measured) -> tuple[Extent, list[str]]:
 
     series = stages.recordings(data, sweep.where)
     try:
-        whole = stages.measured_data(data, series)
+        whole = stages.measured_data(data, series, flat=sweep.system == "fused2d")
     except DataError as error:
         raise DataError(f"{sweep.where('data')}: {error}") from None
     haadf = whole.haadf.tilts if whole.haadf else 0

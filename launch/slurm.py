@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from launch import resources
-from sweeps.schema import Model
+from sweeps.fields import Model
 from sweeps.yamlio import SettingsError, read
 
 HOLE = re.compile(r"@([A-Z_]+)@")

@@ -26,6 +26,10 @@ WORDS = {  # units and long names of what is not a setting
     "objective": ("1", "objective, lower is better"),
     "nrmse": ("1", "normalised root-mean-square error, mean over elements"),
     "nrmse_element": ("1", "normalised root-mean-square error of each element"),
+    **{f"metric_share{kind}": ("%", f"{words} of each element's concentration{how}") for kind, words, how in (
+        ("", "mean", ""), ("_sigma", "sigma", ""), ("_measured", "mean", ", as measured"),
+        ("_sigma_measured", "sigma", ", as measured"))},
+    "metric_share_rmse": ("%", "root-mean-square error of concentrations"),
     "trials_done": ("1", "trials that have ended, well or not"),
     "failed": ("1", "trials that have failed"),
     "seconds": ("s", "time spent on trials"),

@@ -21,7 +21,7 @@ import numpy as np
 import zarr
 from zarr.errors import ZarrUserWarning
 
-from sweeps import arrays, grid, settings
+from sweeps import arrays, flat, grid, settings
 from sweeps.arrays import Variables
 from sweeps.grid import Cell
 from sweeps.journal import SAFE, Clock, History, Journal, Row, RunError, plain
@@ -293,6 +293,7 @@ def summarise(sweep: Sweep, cells: Sequence[Cell], history: History) -> dict[str
         "best_cell": best, "best_objective": reached[best] if best is not None else None,
         "worst_objective": max(reached.values(), default=None),
         "mean_objective": sum(reached.values()) / len(reached) if reached else None,
+        **(flat.summary(cells, entries) if sweep.system == "fused2d" else {}),
         "cells": entries,
     }
 

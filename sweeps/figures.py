@@ -47,7 +47,7 @@ def sampling_map(panels: Sequence[Panel], metric: str) -> Figure:
         _tiles(ax, panel, norm)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    bar = figure.colorbar(_scale(norm, MAP), ax=axes, aspect=25, pad=0.02, format="%g")
+    bar = figure.colorbar(scale(norm, MAP), ax=axes, aspect=25, pad=0.02, format="%g")
     bar.set_label(f"{title(metric)}\n(brighter is worse)", fontsize=9)
     if ticks:
         bar.set_ticks(ticks)
@@ -116,7 +116,7 @@ def _luminance(colour: Sequence[float]) -> float:
     return 0.2126 * colour[0] + 0.7152 * colour[1] + 0.0722 * colour[2]
 
 
-def _scale(norm: Normalize, name: str) -> ScalarMappable:
+def scale(norm: Normalize, name: str) -> ScalarMappable:
     return ScalarMappable(norm, name)
 
 
@@ -174,7 +174,7 @@ def landscape(cells: Sequence[Cell], rows: Mapping[str, list[dict[str, Any]]], o
     for ax in axes.flat[len(cells) :]:
         ax.set_axis_off()
     if any(len(cell.space) > 1 for cell in cells):
-        bar = figure.colorbar(_scale(norm, MAP), ax=axes, extend="max", aspect=25, pad=0.02)
+        bar = figure.colorbar(scale(norm, MAP), ax=axes, extend="max", aspect=25, pad=0.02)
         bar.set_label(f"{title(objective)}\n/ best of its panel", fontsize=9)
     figure.supxlabel("Each point is a trial; star: the best of its panel; cross: failed", fontsize=8)
     return figure
@@ -335,7 +335,7 @@ def slices(pictures: Sequence[Picture], tops: Mapping[str, float], voxel: float,
             if element in picture.scores:
                 ax.set_title(f"NRMSE {picture.scores[element]:.2f}", fontsize=8, pad=3)
         bar = figure.colorbar(
-            _scale(norm, SLICES), ax=line, location="bottom" if turned else "right", shrink=0.85, aspect=14, pad=0.01
+            scale(norm, SLICES), ax=line, location="bottom" if turned else "right", shrink=0.85, aspect=14, pad=0.01
         )
         bar.ax.tick_params(labelsize=7)
     heads, sides = (list(tops), [picture.title for picture in pictures])[:: 1 if turned else -1]
@@ -350,12 +350,12 @@ def slices(pictures: Sequence[Picture], tops: Mapping[str, float], voxel: float,
             labelpad=6 if turned else 14,
             va="baseline" if turned else "center",
         )
-    _scale_bar(axes[0, 0], wide, high, voxel)
+    scale_bar(axes[0, 0], wide, high, voxel)
     figure.supxlabel(caption, fontsize=8)
     return figure
 
 
-def _scale_bar(ax: Axes, wide: int, high: int, voxel: float) -> None:
+def scale_bar(ax: Axes, wide: int, high: int, voxel: float) -> None:
     """A bar of 1, 2 or 5 times a power of ten nanometres, at most a third of the image wide."""
     target = wide * voxel / 3
     power = 10.0 ** np.floor(np.log10(target))
@@ -402,7 +402,7 @@ def projections(pictures: Sequence[Picture], tops: Mapping[str, float], voxel: f
                 ax.set_title(picture.title, fontsize=7, pad=3)
             if column == 0:
                 ax.set_ylabel(element, fontsize=9, rotation=0, labelpad=10, va="center")
-    _scale_bar(axes[0, 0], wide, high, voxel)
+    scale_bar(axes[0, 0], wide, high, voxel)
     scales = ", ".join(f"{element} 0 to {top:.3g}" for element, top in tops.items())
     figure.supxlabel(f"{caption}; y up, x (tilt axis) across\nscale of each element: {scales} voxels", fontsize=8)
     return figure

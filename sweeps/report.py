@@ -6,6 +6,7 @@ import base64
 import html
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,7 @@ def _figures(run: Run) -> Iterator[tuple[str, str, Figure]]:
             "Weighted terms of the cost of each cell's winner; smooth decay is a sign of a reliable result.",
             figures.convergence({_words(cell): _history(run, cell) for cell in cells}, _across(run)),
         )
-    yield from _slices(run)
+    yield from _flat(run) if run.sweep.system == "fused2d" else _slices(run)
 
 
 def _pages(stem: str, cells: list[Cell]) -> Iterator[tuple[str, list[Cell]]]:
@@ -146,6 +147,23 @@ def _history(run: Run, cell: Cell) -> dict[str, np.ndarray]:
         for name in [*known, *sorted(terms.keys() - set(known))]
         if terms[name].any()
     }
+
+
+def _flat(run: Run) -> Iterator[tuple[str, str, Figure]]:
+    """What a fused2d run shows in place of planes of volumes, first the error of concentrations (F2, Fig. 6a)."""
+    from sweeps import figures, flat_figures
+
+    judged = replace(run, metric="share_rmse")
+    panels = [panel for panel in tables.pivot(judged) if panel.entries and panel.column_axis]
+    if panels and any("share_rmse" in ((run.winner(cell) or {}).get("metrics") or {}) for cell in run.cells):
+        yield ("shares-map", "RMSE of the concentrations in percent along the grid (F2, Fig. 6a).",
+               figures.sampling_map(panels, judged.metric))
+    kept = {cell.id: group for cell in run.cells if (group := _group(run, cell)) is not None}
+    chosen = compared(run, [cell for cell in run.cells if cell.id in kept])
+    if chosen:
+        best = kept[chosen[-1].id]
+        truth = _truth(run, chosen[-1].sweep, tuple(best.attrs["elements"]), best["volume"].shape[1:])
+        yield from flat_figures.drawn(run, kept, chosen, truth)
 
 
 def _slices(run: Run) -> Iterator[tuple[str, str, Figure]]:

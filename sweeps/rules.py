@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 from engine.phantoms import ELEMENTS
 from sweeps.defaults import FLAT
-from sweeps.schema import ChemSource, Element, Measured, Phantom, Range, Source, Sweep
+from sweeps.fields import Range
+from sweeps.schema import Phantom, Shares, Sweep
+from sweeps.sources import ChemSource, Element, Measured, Source
 from sweeps.yamlio import Keys, flow
 
 Problem = tuple[Keys, str]
@@ -42,7 +44,8 @@ def conflicts(sweep: Sweep) -> Iterator[Problem]:
     if solver.record and solver.record[-1] > solver.iterations:
         yield ("solver", "record", len(solver.record) - 1), (
             f"iteration {solver.record[-1]} is never reached; solver.iterations is {solver.iterations}")
-    maps = data.chem_tilts or (_projections(data.chem) if isinstance(data, Measured) else None)
+    flat = sweep.system == "fused2d"
+    maps = None if flat else data.chem_tilts or (_projections(data.chem) if isinstance(data, Measured) else None)
     if search.objective == "heldout" and maps is not None and search.folds > maps:
         yield ("search", "folds"), (f"{search.folds} folds need as many chemical maps, and there are {maps}"
                                     + (f"; write folds: {maps}" if maps > 1 else ""))
@@ -62,6 +65,11 @@ def _flat(sweep: Sweep) -> Iterator[Problem]:
     for name, wanted in (("coarse", 0), ("devices", 1), ("dual_bits", 32)):
         if getattr(solver, name) != wanted:
             yield ("solver", name), f"is for fused3d alone; leave it out, or write {name}: {wanted}"
+    if sweep.output.shares.mask is not None and not isinstance(data, Measured):
+        yield ("output", "shares", "mask"), "is for measured data alone; give above, below and margin"
+    if sweep.search.objective == "heldout" and isinstance(data, Measured) and data.chem.units != "counts":
+        yield ("search", "objective"), (f"heldout parts the counts of a map, and {data.chem.units} cannot be parted; "
+                                        "give data.chem.units: counts where they are")
 
 
 def _solid(sweep: Sweep) -> Iterator[Problem]:
@@ -70,6 +78,8 @@ def _solid(sweep: Sweep) -> Iterator[Problem]:
         yield ("data", "phantom"), f"{sweep.data.phantom} is a map; write system: fused2d"
     if sweep.solver.missing:
         yield ("solver", "missing"), "is for fused2d alone"
+    if sweep.output.shares != Shares():
+        yield ("output", "shares"), "is for fused2d alone"
 
 
 def _phantom(data: Phantom, sweep: Sweep) -> Iterator[Problem]:
@@ -118,13 +128,18 @@ def _elements(elements: dict[str, int | Element]) -> Iterator[Problem]:
 
 def _source(name: str, source: Source, wanted: int | None) -> Iterator[Problem]:
     keys: Keys = ("data", name)
-    several = isinstance(source, ChemSource) and len(source.elements) > 1
-    missing = [axis for axis in ("element", "tilt", "y", "x")
-               if axis not in source.axes and (several or axis != "element")]
+    spectral, single = "energy" in source.axes, source.angles is None or len(source.angles) == 1
+    several = isinstance(source, ChemSource) and len(source.elements) > 1 and not spectral
+    needed = {"element": several, "tilt": not single, "y": True, "x": True}
+    missing = [axis for axis, is_needed in needed.items() if is_needed and axis not in source.axes]
     if missing:
         yield (*keys, "axes"), f"{flow(source.axes)} lacks {', '.join(missing)}"
     if "element" in source.axes and not isinstance(source, ChemSource):
         yield (*keys, "axes"), "HAADF images have no axis element; name the array with key"
+    if spectral and isinstance(source, ChemSource):
+        yield from _windows(source)
+    elif spectral:
+        yield (*keys, "axes"), "HAADF images have no axis energy; name the array with key"
     angles = source.angles if isinstance(source.angles, list) else None
     if angles and source.tilts and max(source.tilts) >= len(angles):
         yield (*keys, "tilts"), f"there is no index {max(source.tilts)}; {len(angles)} angles count from 0"
@@ -135,6 +150,16 @@ def _source(name: str, source: Source, wanted: int | None) -> Iterator[Problem]:
     there = _projections(source)
     if there is not None and wanted is not None and wanted > there:
         yield ("data", f"{name}_tilts"), f"wants {wanted} projections, and there are {there}"
+
+
+def _windows(source: ChemSource) -> Iterator[Problem]:
+    """Every element of a spectrum image has a window, and at most one kind of background."""
+    for name, item in source.elements.items():
+        keys: Keys = ("data", "chem", "elements", name)
+        if isinstance(item, int) or item.window is None:
+            yield keys, f"a spectrum image needs {name}: {{number: , window: [from, to]}}, in the unit of its energies"
+        elif item.sides and item.before:
+            yield keys, "has sides and before; keep sides for EDX, before for EELS"
 
 
 def _projections(source: Source) -> int | None:

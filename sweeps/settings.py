@@ -18,8 +18,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from sweeps.fields import TAGS, Range
 from sweeps.rules import Problem, conflicts, tunables
-from sweeps.schema import TAGS, Fused3D, Measured, Output, Phantom, Range, Search, Source, Sweep
+from sweeps.schema import Fused3D, Output, Phantom, Search, Sweep
+from sweeps.sources import Measured, Source
 from sweeps.yamlio import Document, Keys, SettingsError, dotted, flow, put, read, shape, split, write
 
 __all__ = ["Fused3D", "Measured", "Output", "Phantom", "Range", "Search", "SettingsError", "Source", "Sweep",
@@ -66,10 +68,9 @@ def to_yaml(sweep: Sweep, comments: bool = False) -> str:
 
 def template(system: str = "fused3d", measured: bool = False) -> str:
     """A commented YAML to start from, for simulated or for measured data."""
-    if system == "fused2d" and measured:
-        raise SettingsError("a template of fused2d is for simulated data; start from it without --measured")
-    simulated, axes = _SIMULATED["fused2d" if system == "fused2d" else "fused3d"]
-    example = _EXAMPLE | {"system": system, "data": _MEASURED if measured else simulated,
+    kind = "fused2d" if system == "fused2d" else "fused3d"
+    simulated, axes = _SIMULATED[kind]
+    example = _EXAMPLE | {"system": system, "data": _MEASURED[kind] if measured else simulated,
                           "grid": {} if measured else axes,
                           "search": {"objective": "heldout" if measured else "nrmse"}}
     return write(_checked(Document(example, {})), comments=True)
@@ -281,9 +282,16 @@ _SIMULATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # data and gri
     "fused3d": ({"phantom": "cocuo"}, {"haadf_tilts": [0, 9, 47], "chem_tilts": [5, 9, 13]}),
     "fused2d": ({"phantom": "coscoo", "size": 128}, {"data.snr.haadf": [5, 20, 100], "data.snr.chem": [0.25, 1, 4]}),
 }
-_MEASURED: dict[str, Any] = {
-    "pixel_size": 1.0,
-    "haadf": {"path": "haadf.mrc", "axes": ["tilt", "y", "x"], "angles": "haadf.rawtlt"},
-    "chem": {"path": "maps.npz", "key": "counts", "axes": ["element", "tilt", "y", "x"],
-             "angles": "key:angles", "elements": {"Co": 27, "O": 8}},
+_MEASURED: dict[str, dict[str, Any]] = {  # data, by system
+    "fused3d": {
+        "pixel_size": 1.0,
+        "haadf": {"path": "haadf.mrc", "axes": ["tilt", "y", "x"], "angles": "haadf.rawtlt"},
+        "chem": {"path": "maps.npz", "key": "counts", "axes": ["element", "tilt", "y", "x"],
+                 "angles": "key:angles", "elements": {"Co": 27, "O": 8}}},
+    "fused2d": {
+        "pixel_size": 1.0,
+        "haadf": {"path": "map.bcf", "key": "HAADF", "axes": ["y", "x"]},
+        "chem": {"path": "map.bcf", "key": "EDX", "axes": ["y", "x", "energy"], "elements": {
+            "Co": {"number": 27, "window": [6.8, 7.05], "sides": [[6.1, 6.3], [7.2, 7.4]]},
+            "O": {"number": 8, "window": [0.48, 0.57]}}}},
 }

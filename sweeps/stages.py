@@ -20,7 +20,8 @@ import numpy as np
 from engine import measured, phantoms2d
 from engine.data import DataError, MultiModal, even_subset
 from engine.phantoms import FIELD_NM, phantom
-from sweeps.schema import Measured, Phantom, Source, Volume
+from sweeps.schema import Phantom
+from sweeps.sources import Measured, Source, Volume
 
 Arrays = dict[str, np.ndarray]
 
@@ -85,8 +86,9 @@ def recordings(data: Measured, where: Callable[[str], str] = lambda name: name) 
     return opened
 
 
-def measured_data(data: Measured, opened: dict[str, measured.Recording] | None = None) -> MultiModal:
-    """Measured series (`recordings` of `data`), aligned, cropped and binned to one grid."""
+def measured_data(data: Measured, opened: dict[str, measured.Recording] | None = None,
+                  flat: bool = False) -> MultiModal:
+    """Measured series (`recordings` of `data`), aligned, cropped and binned to one grid. flat: of a single plane."""
     opened = opened or recordings(data)
     crop = None if data.crop is None else data.crop.model_dump()
     chem, *haadf = measured.prepare(*opened.values(), pixel_size=data.pixel_size, crop=crop, binning=data.binning,
@@ -95,7 +97,7 @@ def measured_data(data: Measured, opened: dict[str, measured.Recording] | None =
     numbers = tuple(e if isinstance(e, int) else e.number for e in elements.values())
     ny, nx = chem.projections.shape[2:]
     volume = data.volume or Volume()
-    shape = (volume.nz or ny, (volume.ny or ny) + 2 * volume.padding, nx)
+    shape = (1, ny, nx) if flat else (volume.nz or ny, (volume.ny or ny) + 2 * volume.padding, nx)
     truth = None
     if data.truth is not None:
         truth = measured.read_truth(data.truth.path, key=data.truth.key, axes=data.truth.axes, root=data.root,

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from sweeps import grid, journal
+from sweeps import flat, grid, journal
 from sweeps.atlas import RunFolder
 from sweeps.grid import Cell
 from sweeps.journal import History, RunError
@@ -35,6 +35,7 @@ TITLES = {
     "lambda_chem": "λ chemistry",
     "lambda_tv": "λ TV",
     "nrmse": "NRMSE",
+    "share_rmse": "RMSE of concentrations [%]",
     "heldout": "held-out deviance",
 }
 CONVENTIONAL = ("chem_tv", "ml", "sirt")
@@ -223,6 +224,7 @@ def table(run: Run) -> str:
     """The metric along the grid with the baselines, the gain over them, and the winners: plain text."""
     parts = [_grid_text(run, panel) for panel in pivot(run)]
     parts.append(_gain_text(run))
+    parts.append(_shares_text(run) if run.sweep.system == "fused2d" else "")
     parts.append(_winners_text(run))
     return "\n\n".join(part for part in parts if part)
 
@@ -293,6 +295,27 @@ def _entry_text(entry: Entry | None) -> str:
     if entry is None:
         return "-"
     return shown(entry.value) + (f" ±{entry.deviation:.2g}" if entry.deviation else "")
+
+
+def _shares_text(run: Run) -> str:
+    """How predicted and true errors agree, and the concentrations of the best cell, before and after."""
+    bests = {cell.id: run.winner(cell) or {} for cell in run.cells}
+    entries = {name: {"metrics": best.get("metrics", {}), "elements": best.get("elements", {})}
+               for name, best in bests.items()}
+    found, lines = flat.summary(run.cells, entries), []
+    for words, name in (("", "all cells"), ("_clear", "SNR > 10")):
+        if f"error_slope{words}" in found:
+            lines.append(f"RMSE of concentrations over average standard error, {name}: correlation "
+                         f"{found[f'error_correlation{words}']:.4f}, slope {found[f'error_slope{words}']:.3f}")
+    reached = {name: best["objective"] for name, best in bests.items() if best.get("objective") is not None}
+    best_cell = min(reached, key=lambda name: reached[name], default="")
+    shares = bests.get(best_cell, {}).get("elements", {})
+    for element, value in shares.get("share", {}).items():
+        after, before, raw = (shares[name][element] for name in flat.SHARES[1:])
+        spread = found.get("share_sensitivity", {}).get(element)
+        lines.append(f"{element} in {best_cell}: {value:.2f} ± {after:.2f} % (as measured {before:.2f} ± {raw:.2f} %)"
+                     + (f"; ± {spread:.2f} % over the solver's settings" if spread is not None else ""))
+    return "\n".join(lines)
 
 
 def _winners_text(run: Run) -> str:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine import estimate, fused2d, fused3d, metrics, phantoms2d, programs, simulate
+from engine import estimate, fused2d, fused3d, heldout, metrics, phantoms2d, programs, simulate, stoichiometry
 from engine.data import DataError, MultiModal, Solution, TiltSeries
 from engine.iterate import Keep
 from engine.phantoms import ELEMENTS, FIELD_NM
 from engine.sizes import bucket
-from sweeps import stages
+from sweeps import flat, stages
+from sweeps.flat import region
 from sweeps.grid import MAPS_ONLY
-from sweeps.schema import Measured, Phantom
+from sweeps.schema import Phantom
 from sweeps.settings import SettingsError, Sweep, dump, load
+from sweeps.sources import Measured
 
 Message = dict[str, Any]
 VOLUME_AXES = ("element", "z", "y", "x")
@@ -103,6 +106,9 @@ def _evaluate(sweeps: Sequence[Sweep], folder: Path, batch: str) -> list[tuple[S
         data, chosen, checkpoints=record, keep=None if record else keep,
         observe=lambda k, n, volume: passed[k].update({n: _against_truth(volume, data)}))
     ends = [_against_truth(solution.volume, data, solution.metrics) for solution in solutions]
+    if sweep.system == "fused2d":
+        for solution, end in zip(solutions, ends, strict=True):
+            end["elements"] |= _shares(sweep, data, solution)
     if sweep.search.objective == "heldout":
         for k, (held, stopped) in enumerate(_held_out(sweeps, data)):
             ends[k] = _merged(ends[k], held)
@@ -158,31 +164,54 @@ def _merged(truth: Score, held: Score) -> Score:
     return {**held, "metrics": truth["metrics"] | held["metrics"], "elements": truth["elements"]}
 
 
+@dataclass(frozen=True)
+class _Fold:
+    """A part of the maps that a solve does not see. `solve` takes what `reconstruct_batch` takes after the data."""
+
+    without: str
+    solve: Callable[..., list[Solution]]
+    score: Callable[[np.ndarray, Solution], float]
+
+
+def _folds(sweep: Sweep, data: MultiModal) -> Iterator[_Fold]:
+    """Of a tilt series every k-th tilt in turn, k = search.folds; of single maps the k-th part of their counts."""
+    count = sweep.search.folds
+    if sweep.system == "fused2d":
+        for k, (training, test) in enumerate(heldout.thinned(data, count, sweep.seed)):
+            yield _Fold(f"part {k} of the counts", partial(fused2d.reconstruct_batch, training),
+                        lambda volume, solution, test=test: deviance(  # type: ignore[misc]
+                            test, volume, sensitivities(solution, data) / (count - 1), (0,)))
+    else:
+        for fold in range(count):
+            out = tuple(range(fold, data.chem.tilts, count))
+            yield _Fold(f"maps {', '.join(map(str, out))}", partial(fused3d.reconstruct_batch, data, held_out=out),
+                        lambda volume, solution, out=out: deviance(  # type: ignore[misc]
+                            data, volume, sensitivities(solution, data), out))
+
+
 def _held_out(sweeps: Sequence[Sweep], data: MultiModal) -> list[tuple[Score, dict[int, Score]]]:
     """Per trial: the deviance per pixel of maps that the solve has not seen, at the end and at each checkpoint.
 
-    Every k-th tilt in turn is left out, k = search.folds. A trial with a fold that fails has that as its status.
+    A trial with a fold that fails has that as its status.
     """
-    folds, record = sweeps[0].search.folds, sweeps[0].solver.record
+    record, chosen = sweeps[0].solver.record, [solver_settings(sweep) for sweep in sweeps]
+    if sweeps[0].system == "fused2d":
+        chosen = [replace(each, errors="none") for each in chosen]
     last: list[list[float]] = [[] for _ in sweeps]
     found: list[dict[int, list[float]]] = [{n: [] for n in record} for _ in sweeps]
     wrong: dict[int, str] = {}
-    for fold in range(folds):
-        out = tuple(range(fold, data.chem.tilts, folds))
+    for fold in _folds(sweeps[0], data):
         volumes: list[dict[int, np.ndarray]] = [{} for _ in sweeps]
 
         def keep(k: int, n: int, volume: np.ndarray, into: list[dict[int, np.ndarray]] = volumes) -> None:
             into[k][n] = volume
 
-        solutions = fused3d.reconstruct_batch(data, [solver_settings(sweep) for sweep in sweeps], checkpoints=record,
-                                              observe=keep, held_out=out)
-        for k, solution in enumerate(solutions):
+        for k, solution in enumerate(fold.solve(chosen, checkpoints=record, observe=keep)):
             if not solution.ok:
-                wrong.setdefault(k, f"without maps {', '.join(map(str, out))}: {solution.status}")
-            sensitivity = sensitivities(solution, data)
+                wrong.setdefault(k, f"without {fold.without}: {solution.status}")
             for n, volume in volumes[k].items():
-                found[k][n].append(deviance(data, volume, sensitivity, out))
-            last[k].append(deviance(data, solution.volume, sensitivity, out))
+                found[k][n].append(fold.score(volume, solution))
+            last[k].append(fold.score(solution.volume, solution))
     failed: Score = {"objective": None, "metrics": {}, "elements": {}}
     return [({**failed, "status": wrong[k]}, {}) if k in wrong
             else (_summary(last[k]), {n: _summary(values) for n, values in found[k].items()})
@@ -232,6 +261,25 @@ def _against_truth(volume: np.ndarray, data: MultiModal, found: Message | None =
                          "scale_error": dict(zip(elements, map(float, scale), strict=True))}}
 
 
+def _shares(sweep: Sweep, data: MultiModal, solution: Solution) -> Message:
+    """Mean and sigma of each element's share in percent, of the result and of the maps as measured (flat.SHARES).
+
+    Of several phases the one with most pixels. Nothing where there are too few pixels, or the solve failed.
+    """
+    try:
+        inside = region(sweep, solution.volume)
+        found: Message = {name: {} for name in flat.SHARES}
+        for words, volume in (("", solution.volume), ("_measured", np.maximum(solution.fields["measured"], 0))):
+            for element, values in zip(data.chem.elements, stoichiometry.relative(volume), strict=True):
+                peaks = stoichiometry.histogram(values[inside], sweep.output.shares.peaks).peaks
+                peak = max(peaks, key=lambda peak: peak.share)
+                found[f"share{words}"][element] = peak.mean
+                found[f"share_sigma{words}"][element] = peak.sigma
+    except DataError:
+        return {}
+    return found
+
+
 def solver_settings(sweep: Sweep) -> Any:
     """The engine's settings for the sweep's system: the YAML's `solver`, less what only a sweep knows."""
     values, kind = sweep.solver.model_dump(), SYSTEMS[sweep.system].Settings
@@ -242,7 +290,8 @@ def prepared(sweep: Sweep, folder: Path) -> MultiModal:
     """A cell's data: simulated or read once, then kept in memory and, simulated, under stages/."""
     data, inputs = sweep.data, _inputs(sweep)
     if isinstance(data, Measured):
-        return _Recent.get(stages.key("measured", inputs), lambda: stages.measured_data(data))
+        return _Recent.get(stages.key("measured", inputs),
+                           lambda: stages.measured_data(data, flat=sweep.system == "fused2d"))
     simulated = data
     return _Recent.get(stages.key("simulated", inputs), lambda: _simulate(simulated, folder, inputs))
 

@@ -17,7 +17,7 @@ import numpy as np
 from engine import fused3d, metrics, simulate
 from engine.data import MultiModal
 from engine.phantoms import ELEMENTS, FIELD_NM, phantom
-from sweeps.schema import SNR
+from sweeps.defaults import SNR
 from tests.bench import PAGE, publish
 
 MODEL_WEIGHTS = (0.1, 1.0, 10.0, 100.0, 1000.0)

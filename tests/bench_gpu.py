@@ -25,7 +25,7 @@ from engine.penalties import Field, prox_tv_reference
 from engine.phantoms import ELEMENTS, FIELD_NM
 from engine.projector import Geometry, backproject_reference, geometry, project_reference
 from engine.sizes import bucket
-from sweeps.schema import SNR
+from sweeps.defaults import SNR
 from tests.bench import publish
 from tests.bench_solver import WEIGHTS, specimen
 from tests.test_coupling import block_of

@@ -20,7 +20,7 @@ from engine import coupling, fused3d, model, simulate
 from engine.data import MultiModal, Solution
 from engine.penalties import tv_dual
 from engine.phantoms import ELEMENTS, FIELD_NM, phantom
-from sweeps.schema import SNR
+from sweeps.defaults import SNR
 from tests.bench import apart, publish
 from tests.bench_projector import REPEATS, touch, within
 

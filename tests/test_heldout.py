@@ -1,0 +1,80 @@
+"""Laws of counts that are set aside: nothing is lost, parts know nothing of each other, only counts can be parted."""
+
+import importlib.util
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine import fused2d, heldout
+from engine.data import DataError
+from engine.fused2d import Settings
+from launch import resources
+from sweeps import settings, stages, trial
+from tests import predictions
+from tests.specimens import as_net_counts
+from tests.test_fused2d import measured
+from tests.test_spectra import BCF
+
+
+def test_parts_are_all_the_counts_and_each_is_tested_once():
+    data = measured(snr=6.0, background=0.2)
+    folds = heldout.thinned(data, 4, seed=3)
+    assert sum(test.chem.projections for _, test in folds) == pytest.approx(data.chem.projections)
+    for training, test in folds:
+        assert training.chem.projections + test.chem.projections == pytest.approx(data.chem.projections)
+        for part, share in ((training, 0.75), (test, 0.25)):
+            assert part.sensitivity == pytest.approx(share * data.sensitivity)
+            assert part.chem.background == pytest.approx(share * np.asarray(data.chem.background))
+            assert part.chem.projections.sum() == pytest.approx(share * data.chem.projections.sum(), rel=0.02)
+            assert part.haadf is data.haadf
+    again = heldout.thinned(data, 4, seed=3)
+    assert (again[2][1].chem.projections == folds[2][1].chem.projections).all()
+    assert (heldout.thinned(data, 4, seed=4)[2][1].chem.projections != folds[2][1].chem.projections).any()
+
+
+def test_training_and_test_counts_are_independent():
+    """Of one pixel: the covariance of the parts of a Poisson count is 0, of a count that is fixed it is not."""
+    base, shape = measured(), (3, 1, 200, 200)
+
+    def correlation(counts):
+        maps = replace(base.chem, projections=counts, background=0.0)
+        data = replace(base, chem=maps, haadf=None, truth=None, shape=shape[1:])
+        training, test = heldout.thinned(data, 3, seed=1)[0]
+        return [float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+                for a, b in zip(training.chem.projections, test.chem.projections)]
+
+    assert max(map(abs, correlation(np.random.default_rng(0).poisson(5.0, shape)))) < 4 / 200
+    assert max(correlation(np.full(shape, 5))) < -0.99
+
+
+def test_only_whole_counts_can_be_parted():
+    with pytest.raises(DataError, match="only whole counts can be parted"):
+        heldout.thinned(as_net_counts(measured()), 2, seed=0)
+
+
+def test_the_right_weight_predicts_unseen_counts_better_than_too_little_and_too_much():
+    data = measured(size=48, snr=3.0)
+
+    def score(strength):
+        found = []
+        for training, test in heldout.thinned(data, 2, seed=0):
+            solution = fused2d.reconstruct(training, Settings(lambda_tv=strength, errors="none",
+                                                              weights="z_gamma_linear"))
+            found.append(trial.deviance(test, solution.volume, trial.sensitivities(solution, data), (0,)))
+        return np.mean(found)
+
+    least, right, most = map(score, (1e-4, 0.3, 100.0))
+    assert right < least and right < most
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BCF.exists() or not importlib.util.find_spec("rsciio"), reason="needs the file and its reader")
+def test_measured_counts_are_predicted_better_than_without_the_image():
+    """Each at its best strength, on the same parts: by more than two standard errors of the paired difference."""
+    sweep = settings.load(resources.configs()["fused2d_measured"], [f"data.root={BCF.parent}"])
+    fixed = settings.replace(sweep, {"solver.lambda_model": 1.0, "solver.lambda_tv": 0.1})
+    found = predictions.compared(stages.measured_data(sweep.data, flat=True), trial.solver_settings(fixed))
+    for name in ("raw map", "Gaussian", "TV alone"):
+        apart = found[name].folds - found["fused"].folds
+        assert apart.mean() > 2 * apart.std(ddof=1) / np.sqrt(len(apart)), name
