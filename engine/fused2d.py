@@ -29,11 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import coupling, descent, model, uncertainty
+from engine import coupling, descent, model, pyramid, uncertainty
 from engine.data import DataError, MultiModal, Solution
 from engine.iterate import Keep, outcomes, settled, solve
 from engine.model import FLOOR, GAIN_STEPS, Problem
 from engine.penalties import Dual, tv_dual, zero_dual
+from engine.sizes import halvings
 
 TERMS = ("model", "chem", "tv", "total")
 BATCHED = ("gamma", "lambda_model", "lambda_chem", "lambda_tv")  # what settings of one batch may differ in
@@ -51,6 +52,8 @@ class DataWarning(UserWarning):
 class Settings:
     """Numbers of one solve. `inner`: TV steps per iteration; `missing`: atomic numbers of elements without a map.
 
+    coarse: iterations at each coarser size, whose maps are where the finer solve starts: F2's remedy for spurious atoms
+    at atomic resolution. 0: it starts from the measured maps.
     weights: the image is linear in (Z x)^gamma (F2), in Z^gamma x, which holds where thickness varies, or in Z x^gamma.
     errors: the standard error of every pixel, right for any weights, by F2's Eq. 5 as printed, or none.
     """
@@ -63,6 +66,7 @@ class Settings:
     lambda_model: float = 1.0
     lambda_chem: float = 1.0
     lambda_tv: float = 0.1
+    coarse: int = 0
     tolerance: float = 1e-6
     missing: tuple[int, ...] | list[int] = ()
     errors: Literal["sandwich", "paper", "none"] = "sandwich"
@@ -109,8 +113,11 @@ def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[i
     observed = None if observe is None else lambda n, state: observe(n, np.asarray(extract(state)))
     # The short steps of the others are no sign that they have arrived.
     tolerance = settings.tolerance if fused or settings.method == "chem_tv" else 0.0
-    run = solve(advance, problem, jax.jit(begin)(problem), settings.iterations, tolerance=tolerance,
-                checkpoints=checkpoints, observe=observed, keep=keep)
+    kind = (settings.method, counts)
+    begun = _coarse_to_fine(problem, kind, settings.coarse, data) if kind in _REFINE and settings.coarse else (
+        jax.jit(begin)(problem))
+    run = solve(advance, problem, begun, settings.iterations, tolerance=tolerance, checkpoints=checkpoints,
+                observe=observed, keep=keep)
     outcome = outcomes(run, 1, tolerance)[0]
     volume, gain = np.asarray(extract(outcome.state)), float(outcome.state.gain)
     history = {name: outcome.history[:, k] for k, name in enumerate(TERMS)}
@@ -216,6 +223,26 @@ def start(problem: Problem, *, counts: bool, fused: bool) -> tuple[State, jax.Ar
     return settled(State(x, scatter, zero_dual(x), gain, jnp.ones_like(x[0]), terms, jnp.float32(1))), terms
 
 
+def refined(problem: Problem, coarse: State, *, counts: bool, fused: bool) -> tuple[State, jax.Array]:
+    """The state before the first iteration, which has the maps of half the resolution, and its cost."""
+    x = pyramid.finer_volume(coarse.x, problem)
+    scatter = model.scattering(problem, x)
+    terms = _cost(problem, x, scatter, _pull(problem, x, scatter, coarse.gain, counts, fused).value, coarse.gain, fused)
+    return settled(State(x, scatter, zero_dual(x), coarse.gain, jnp.ones_like(x[0]), terms, jnp.float32(1))), terms
+
+
+def _coarse_to_fine(problem: Problem, kind: tuple[str, bool], iterations: int,
+                    data: MultiModal) -> tuple[State, jax.Array]:
+    """What a solve starts from, after a solve at each coarser size."""
+    problems = [problem]
+    for _ in range(halvings(*data.shape[1:])):
+        problems.append(jax.jit(pyramid.coarser, static_argnums=1)(problems[-1], kind[1]))
+    begun = jax.jit(_START[kind])(problems[-1])
+    for coarse, finer in zip(reversed(problems), reversed(problems[:-1])):
+        begun = jax.jit(_REFINE[kind])(finer, solve(_STEP[kind], coarse, begun, iterations).state)
+    return begun
+
+
 def step(problem: Problem, state: State, iteration: jax.Array, *, counts: bool,
          fused: bool) -> tuple[State, jax.Array, jax.Array]:
     """One step to the minimiser of the quadratic model, taken if the cost does not rise."""
@@ -285,4 +312,5 @@ def _misjudged(problem: Problem, block: coupling.Block, pull: Pull, ahead: Pull,
 
 _KINDS = [(name, counts) for name in ("fused", "chem_tv") for counts in (True, False)]
 _START = {(name, counts): partial(start, counts=counts, fused=name == "fused") for name, counts in _KINDS}
+_REFINE = {(name, counts): partial(refined, counts=counts, fused=name == "fused") for name, counts in _KINDS}
 _STEP = {(name, counts): partial(step, counts=counts, fused=name == "fused") for name, counts in _KINDS}

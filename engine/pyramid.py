@@ -19,9 +19,10 @@ from engine.penalties import Dual
 def coarser(problem: Problem, counts: bool) -> Problem:
     """The problem of half the voxels per axis: the same objective, but for what is lost between its pixels.
 
-    In voxels of twice the edge paths are half as long and surfaces a quarter. Counts add up; other maps and the images
-    are averaged, which halves their noise.
+    In voxels of twice the edge paths are half as long and surfaces a quarter; in pixels of a map, which has no depth,
+    outlines are half as long. Counts add up; other maps and the images are averaged, which halves their noise.
     """
+    path, surface = (2.0, 4.0) if problem.start.shape[1] > 1 else (1.0, 2.0)
     exist = sharding.present(problem.planes, problem.images.shape[-1])
     scale = 4.0 if counts else 1.0
 
@@ -31,8 +32,8 @@ def coarser(problem: Problem, counts: bool) -> Problem:
     return problem._replace(
         images=binned(problem.images), image_noise=problem.image_noise / 2, maps=scale * binned(problem.maps),
         background=scale * binned(problem.background), map_weight=problem.map_weight * 4 / scale,
-        sensitivity=2 * scale * problem.sensitivity, start=jnp.maximum(_halved(binned(problem.start), 1), FLOOR),
-        lambda_tv=4 * problem.lambda_tv, planes=(problem.planes + 1) // 2)
+        sensitivity=path * scale * problem.sensitivity, start=jnp.maximum(_halved(binned(problem.start), 1), FLOOR),
+        lambda_tv=surface * problem.lambda_tv, planes=(problem.planes + 1) // 2)
 
 
 def finer_volume(coarse: jax.Array, problem: Problem) -> jax.Array:

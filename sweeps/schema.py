@@ -85,7 +85,8 @@ class Fused3D(Model):
     gamma: Annotated[Tunable, AfterValidator(power)] = setting(1.6, "-", "power of Z x in the HAADF model")
     iterations: int = setting(60, "-", "iterations of the solver, at most", ge=1)
     coarse: int = setting(
-        20, "-", "fused: iterations at each coarser size, which make the start; 0: only EM steps do", ge=0)
+        20, "-", "fused: iterations at each coarser size, which make the start; 0: only EM steps, or measured maps, do",
+        ge=0)
     inner: Annotated[WholeTunable, AfterValidator(steps)] = setting(4, "-", "TV dual steps per iteration")
     lambda_model: Weight = setting(1.0, "-", "weight of the HAADF term; 1 is maximum likelihood")
     lambda_chem: Weight = setting(1.0, "-", "weight of the chemical term; 1 is maximum likelihood")

@@ -135,8 +135,8 @@ def measured_counts() -> list[str]:
 def main() -> None:
     """Write the section."""
     publish("Fused 2D maps", "\n".join([
-        f"Against multimodal-fusion (PyPI): CoS/CoO particle, {SIZE} x {SIZE}, HAADF SNR 100, both at the best of their "
-        f"settings (it: {len(PEER_MAPS)} x {len(PEER_TV)} weights, stopped at {len(PEER_STOPS)} points; ours: "
+        f"Against multimodal-fusion (PyPI): CoS/CoO particle, {SIZE} x {SIZE}, HAADF SNR 100, both at the best of "
+        f"their settings (it: {len(PEER_MAPS)} x {len(PEER_TV)} weights, stopped at {len(PEER_STOPS)} points; ours: "
         f"{len(OURS_TV)} weights of TV). NRMSE is the mean over elements; CPU seconds leave out compiling.", "",
         *against_the_peer(), "", f"Five elements at {LARGE} x {LARGE}, chemical SNR 5:", "", *large_maps(), "",
         "Measured STEM-EDX map (configs/fused2d_measured.yaml), a quarter of the counts set aside by thinning, four "

@@ -24,7 +24,6 @@ def test_the_template_of_fused2d_loads_with_its_own_defaults(tmp_path: Path) -> 
     ("fused2d", "data", {"phantom": "cocuo"}, "cocuo is a volume; fused2d has coscoo, ga2o3, zns_cus"),
     ("fused2d", "data", {"phantom": "ga2o3", "chem_tilts": 3}, "one map per element, not 3"),
     ("fused2d", "solver", {"method": "sirt"}, "sirt is for tomography"),
-    ("fused2d", "solver", {"coarse": 20}, "write coarse: 0"),
     ("fused2d", "solver", {"devices": 2}, "is for fused3d alone"),
     ("fused3d", "data", {"phantom": "ga2o3"}, "ga2o3 is a map; write system: fused2d"),
     ("fused3d", "solver", {"missing": [83]}, "is for fused2d alone"),
