@@ -119,10 +119,9 @@ def _fitted(counts: np.ndarray, edges: np.ndarray, guess: np.ndarray) -> tuple[P
     return tuple(sorted(peaks, key=lambda peak: peak.mean))
 
 
-def sensitivity_to(found: Sequence[tuple[float, float]]) -> float:
-    """How far a concentration goes, in its own unit, over settings (setting, concentration): half its range.
+def sensitivity_to(found: Sequence[float]) -> float:
+    """How far a concentration goes, in its own unit, over settings: half its range.
 
     F2 adds this variation of solutions in quadrature to a histogram's sigma.
     """
-    values = [value for _, value in found]
-    return (max(values) - min(values)) / 2
+    return (max(found) - min(found)) / 2

@@ -77,19 +77,12 @@ def summary(cells: Sequence[Cell], entries: Entries) -> dict[str, Any]:
 
 
 def sensitivity(cells: Sequence[Cell], entries: Entries) -> dict[str, float]:
-    """By element, in percent: half the range of its share over the solver settings of the grid, where that is largest.
-
-    F2 calls it the variation of solutions and adds it in quadrature to a histogram's sigma.
-    """
+    """By element, in percent: half the range of its share over the solver settings of the grid, where that is largest."""
     groups: dict[str, list[Mapping[str, float]]] = {}
     for cell in cells:
         own = {axis: value for axis, value in cell.coordinates.items() if not setting_of(axis).startswith("solver.")}
         if len(own) < len(cell.coordinates) and (shares := entries[cell.id]["elements"].get("share")):
             groups.setdefault(str(own), []).append(shares)
-    return {name: max(_half([shares[name] for shares in group]) for group in groups.values())
-            for name in dict.fromkeys(name for group in groups.values() for shares in group for name in shares)}
-
-
-def _half(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return (max(known) - min(known)) / 2
+    names = dict.fromkeys(name for group in groups.values() for shares in group for name in shares)
+    return {name: max(stoichiometry.sensitivity_to([shares[name] for shares in group]) for group in groups.values())
+            for name in names}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine import phantoms2d
+from engine import phantoms2d, simulate
 from engine.data import DataError
 from engine.fused2d import Settings, reconstruct
 from engine.stoichiometry import histogram, region, relative, sensitivity_to
@@ -61,7 +61,7 @@ def test_histograms_hold_their_pixels_and_odd_ones_do_not_break_them():
 
 
 def test_sensitivity_is_half_the_range():
-    assert sensitivity_to([(1.0, 38.0), (1.7, 40.0), (2.0, 42.0)]) == 2
+    assert sensitivity_to([38.0, 40.0, 42.0]) == 2
 
 
 def test_gallium_oxide_is_40_percent_gallium():
@@ -72,7 +72,7 @@ def test_gallium_oxide_is_40_percent_gallium():
     found = {gamma: histogram(relative(reconstruct(data, Settings(gamma=gamma, lambda_tv=8.0)).volume)[0][inside])
              for gamma in (1.4, 1.7, 2.0)}
     peak, = found[1.7].peaks
-    spread = sensitivity_to([(gamma, each.peaks[0].mean) for gamma, each in found.items()])
+    spread = sensitivity_to([each.peaks[0].mean for each in found.values()])
     print(f"Ga {peak.mean:.2f} +- {peak.sigma:.2f} %, raw {raw.mean:.2f} +- {raw.sigma:.2f} %, gamma {spread:.2f} %")
     assert abs(peak.mean - 40) < 0.5 and peak.sigma < 1 and raw.sigma > 5 * peak.sigma and spread < 1
 
@@ -87,3 +87,31 @@ def test_core_and_shell_are_within_15_percent():
     for part, elements in ((core, (0, 1, 2)), (shell, (0, 2))):
         for element in elements:
             assert found[element][part].mean() == pytest.approx(expected[element][part].mean(), rel=0.15)
+
+
+def test_concentrations_stay_at_a_tenth_of_the_dose():
+    """Within sigma of those at the full dose, of a histogram that widens."""
+    truth, elements = phantoms2d.phantom("ga2o3", 64), phantoms2d.ELEMENTS["ga2o3"]
+    inside, found = region(truth, 0.5, margin=2), {}
+    for dose in (1.0, 0.1):
+        data = simulate.microscopy(truth, tuple(elements.values()), tuple(elements), pixel_size=1.0, dose=dose,
+                                   yields={"Ga": 50.0, "O": 35.0, "haadf": 2500.0}, gamma=1.7)
+        volume = reconstruct(data, Settings(lambda_tv=8.0 * dose**0.5)).volume
+        found[dose], = histogram(relative(volume)[0][inside]).peaks
+    assert abs(found[0.1].mean - found[1.0].mean) < found[0.1].sigma and abs(found[0.1].mean - 40) < 1
+
+
+def test_a_power_far_off_is_wrong_in_the_same_way_each_time():
+    """F2: "quantification is systematically incorrect" at gamma 1.0. Where the image has the most weight, as there."""
+    truth = phantoms2d.phantom("coscoo", 64)
+    core, expected = (truth[1] > 0.3 * truth[1].max()) & (truth[2] < 0.4 * truth[1]), relative(truth)
+    bias = {}
+    for gamma in (1.7, 1.0):
+        wrong = []
+        for seed in range(4):
+            data = measured(size=64, snr=5.0, haadf=100.0, weights="z_gamma_linear", seed=seed)
+            given = Settings(weights="z_gamma_linear", gamma=gamma, lambda_model=100.0, lambda_tv=3.0, errors="none")
+            share = relative(reconstruct(data, given).volume)
+            wrong.append(float((share - expected)[1][core].mean()))
+        bias[gamma] = np.mean(wrong), np.std(wrong, ddof=1) / 2
+    assert abs(bias[1.0][0]) > 5 * bias[1.0][1] and abs(bias[1.0][0]) > 3 * abs(bias[1.7][0])
