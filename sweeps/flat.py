@@ -77,7 +77,7 @@ def summary(cells: Sequence[Cell], entries: Entries) -> dict[str, Any]:
 
 
 def sensitivity(cells: Sequence[Cell], entries: Entries) -> dict[str, float]:
-    """By element, in percent: half the range of its share over the solver settings of the grid, where that is largest."""
+    """By element, in percent: half the range of its share over the grid's solver settings, where that is largest."""
     groups: dict[str, list[Mapping[str, float]]] = {}
     for cell in cells:
         own = {axis: value for axis, value in cell.coordinates.items() if not setting_of(axis).startswith("solver.")}
