@@ -26,6 +26,7 @@ from sweeps.sources import Measured
 
 Message = dict[str, Any]
 VOLUME_AXES = ("element", "z", "y", "x")
+FAINT = 0.01
 CHUNK = 1 << 23  # voxels: few files, and slabs of many volumes fit into memory together (sweeps.volumes)
 EMPTY: dict[str, Any] = {"status": "ok", "objective": None, "metrics": {}, "elements": {}, "checkpoints": [],
                          "iterations": 0, "seconds": 0.0, "batch": 1, "worker": "", "volume": None}
@@ -227,11 +228,15 @@ def _summary(folds: list[float]) -> Score:
 
 
 def deviance(data: MultiModal, volume: np.ndarray, sensitivity: np.ndarray, tilts: tuple[int, ...]) -> float:
-    """Deviance per pixel of the maps at some tilts: Poisson for counts, squared error over variance otherwise."""
+    """Deviance per pixel of the maps at some tilts: Poisson for counts, squared error over variance otherwise.
+
+    Counts are expected everywhere, FAINT of a map's mean at least: else a pixel where none are would decide alone.
+    """
     index = list(tilts)
     expected = fused3d.predict(data, volume, sensitivity)[:, index]
     maps = data.chem.projections[:, index]
     if data.chem.units == "counts":
+        expected = np.maximum(expected, FAINT * expected.mean((1, 2, 3), keepdims=True))
         return metrics.poisson_deviance(maps, expected) / maps.size
     noise = data.chem.noise_level()[:, None, None, None]
     return float(np.mean(((maps - expected) / noise) ** 2))

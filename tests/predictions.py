@@ -14,8 +14,8 @@ from engine.fused2d import Settings
 from sweeps import trial
 
 FLOORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # counts in an empty pixel of the raw map
-WIDTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 20.0)  # [pixels]
-TV = tuple(float(x) for x in np.geomspace(0.03, 10, 11))
+WIDTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0)  # [pixels]
+TV = tuple(float(x) for x in np.geomspace(1, 60, 11))
 MODEL = tuple(float(x) for x in np.geomspace(1e-6, 1.0, 7))
 
 
@@ -42,6 +42,7 @@ def compared(data: MultiModal, settings: Settings, folds: int = 4, seed: int = 0
             scores = []
             for training, test in parts:
                 expected = share * predict(training, strength)
+                expected = np.maximum(expected, trial.FAINT * expected.mean((1, 2, 3), keepdims=True))
                 scores.append(metrics.poisson_deviance(test.chem.projections, expected) / expected.size)
             words = ", ".join(f"{x:.3g}" for x in np.atleast_1d(strength))  # type: ignore[arg-type]
             found.append(Best(words, np.array(scores)))
@@ -56,8 +57,8 @@ def compared(data: MultiModal, settings: Settings, folds: int = 4, seed: int = 0
 
     return {
         "raw map": best(FLOORS, lambda training, floor: np.maximum(training.chem.projections, floor)),
-        "Gaussian": best(WIDTHS, lambda training, width: np.maximum(
-            gaussian_filter(training.chem.projections, (0, 0, width, width), mode="nearest"), 1e-3)),
+        "Gaussian": best(WIDTHS, lambda training, width: gaussian_filter(
+            training.chem.projections, (0, 0, width, width), mode="nearest")),
         "TV alone": best([(1.0, tv) for tv in TV], lambda training, pair: solved(training, "chem_tv", pair)),
         "fused": best([(model, tv) for model in MODEL for tv in TV],
                       lambda training, pair: solved(training, "fused", pair)),

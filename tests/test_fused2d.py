@@ -288,24 +288,25 @@ def test_a_coarser_problem_has_the_same_costs(counts):
     data = measured(size=64)
     problem = problem_of(data if counts else as_net_counts(data), weights="z_gamma_linear")
     coarse = pyramid.coarser(problem, counts)
-    even = jnp.kron(coarse.start, jnp.ones((1, 1, 2, 2)))
+    # Stripes: an isotropic TV sees the corners of blocks in its own way.
+    stripes = jnp.broadcast_to(coarse.start.mean(-1, keepdims=True), coarse.start.shape)
+    even = jnp.kron(stripes, jnp.ones((1, 1, 2, 2)))
     maps = jnp.kron(coarse.maps, jnp.ones((1, 1, 2, 2))) / (4 if counts else 1)
     fine = problem._replace(maps=maps, images=jnp.kron(coarse.images, jnp.ones((1, 2, 2))))
     costs = []
-    for each, x in ((fine, even), (coarse, coarse.start)):
+    for each, x in ((fine, even), (coarse, stripes)):
         scatter = model.scattering(each, x)
         pull = fused2d._pull(each, x, scatter, jnp.float32(0.9), counts, True)
         terms = fused2d._cost(each, x, scatter, pull.value, jnp.float32(0.9), True)
         costs.append([float(each.lambda_model * terms[0]), float(each.lambda_chem * terms[1]),
                       float(each.lambda_tv * terms[2])])
-    # TV is the root of squares here: an edge that turns by a pixel's corner differs, a straight one does not.
-    assert costs[0][:2] == pytest.approx(costs[1][:2], rel=1e-4) and costs[0][2] == pytest.approx(costs[1][2], rel=0.05)
+    assert costs[0] == pytest.approx(costs[1], rel=1e-4)
 
 
 def test_a_start_from_half_the_resolution_is_as_good_and_clears_spurious_atoms():
     """F2's remedy at atomic resolution: counts off the columns fall, and the error does not rise."""
     data = measured("zns_cus", size=96, snr=3.0)
-    off = data.truth.sum(0) < 0.02 * data.truth.sum(0).max()
+    off = data.truth.sum(0) < np.quantile(data.truth.sum(0), 0.2)
     given = Settings(lambda_tv=0.1, weights="z_gamma_linear", errors="none")
     found = {coarse: reconstruct(data, replace(given, coarse=coarse)).volume for coarse in (0, 40)}
     spurious = {coarse: float(volume[:, off].mean()) for coarse, volume in found.items()}
