@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from engine import stoichiometry
 from engine.data import DataError
@@ -36,6 +37,8 @@ def drawn(run: Run, kept: Mapping[str, Any], chosen: list[Cell],
         arrays, elements = {field: group[field][:] for field in group.array_keys()}, group.attrs["elements"]
         yield (f"maps-{word}", f"Maps of the {word} cell{f' ({name})' if name else ''}, as measured and recovered, "
                "with their standard errors.", maps(arrays, elements, float(np.min(group.attrs["voxel_nm"])), truth))
+        if "share" not in (run.winner(cell) or {}).get("elements", {}):
+            continue
         try:
             inside = flat.region(cell.sweep, arrays["volume"])
             found = {kind: stoichiometry.relative(np.maximum(arrays[field], 0))[:, inside]
@@ -58,6 +61,10 @@ def errors(pairs: Mapping[str, tuple[float, float]], clear: list[str]) -> Figure
     low, high = np.min(list(pairs.values())), np.max(list(pairs.values()))
     ax.plot([low, high], [low, high], "--", color="0.5", lw=1, label="equal")
     ax.set(xscale="log", yscale="log", xlabel="average standard error [%]", ylabel="RMSE of concentrations [%]")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     lines = []
     for words, names in (("all", list(pairs)), ("SNR > 10", clear)):
         if agreed := flat.agreement([pairs[name] for name in names]):

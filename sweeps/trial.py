@@ -269,8 +269,11 @@ def _against_truth(volume: np.ndarray, data: MultiModal, found: Message | None =
 def _shares(sweep: Sweep, data: MultiModal, solution: Solution) -> Message:
     """Mean and sigma of each element's share in percent, of the result and of the maps as measured (flat.SHARES).
 
-    Of several phases the one with most pixels. Nothing where there are too few pixels, or the solve failed.
+    Of several phases the one with most pixels. Nothing where there are too few pixels, the solve failed, or the
+    elements' sensitivities are not known: their maps are then not on one scale.
     """
+    if data.sensitivity is None:
+        return {}
     try:
         inside = region(sweep, solution.volume)
         found: Message = {name: {} for name in flat.SHARES}

@@ -98,7 +98,7 @@ def test_concentrations_stay_at_a_tenth_of_the_dose():
                                    yields={"Ga": 50.0, "O": 35.0, "haadf": 2500.0}, gamma=1.7)
         volume = reconstruct(data, Settings(lambda_tv=8.0 * dose**0.5)).volume
         found[dose], = histogram(relative(volume)[0][inside]).peaks
-    assert abs(found[0.1].mean - found[1.0].mean) < found[0.1].sigma and abs(found[0.1].mean - 40) < found[0.1].sigma
+    assert max(abs(found[0.1].mean - found[1.0].mean), abs(found[0.1].mean - 40)) < found[0.1].sigma
 
 
 def test_with_known_sensitivities_the_power_hardly_matters():
