@@ -102,7 +102,7 @@ def test_concentrations_stay_at_a_tenth_of_the_dose():
 
 
 def test_with_known_sensitivities_the_power_hardly_matters():
-    """F2 finds concentrations systematically wrong at gamma 1.0; here the maps fix them, and the gain takes the rest."""
+    """F2 finds concentrations systematically wrong at gamma 1.0; here the maps fix them, the gain takes the rest."""
     data = measured(size=64, snr=5.0, haadf=100.0, weights="z_gamma_linear")
     core = (data.truth[1] > 0.3 * data.truth[1].max()) & (data.truth[2] < 0.4 * data.truth[1])
     shares = [relative(reconstruct(data, Settings(weights="z_gamma_linear", gamma=gamma, lambda_tv=0.3,
