@@ -7,7 +7,7 @@ import importlib.util
 import io
 import itertools
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,9 @@ from tests.bench import publish
 SIZE, LARGE = 128, 1024
 SNRS = (2.0, 5.0, 20.0)
 # The peer's own defaults are 0.005, 0.1 and 50 iterations; its best of these is what counts.
-PEER_MAPS, PEER_TV, PEER_STOPS = (5e-4, 5e-3, 5e-2, 0.5), (0.01, 0.03, 0.1, 0.3, 1.0), (10, 25, 50, 100, 200)
-OURS_TV = (0.1, 0.2, 0.3, 0.5, 1.0)
+PEER_MAPS, PEER_TV = (5e-4, 5e-3, 5e-2, 0.5), (0.003, 0.01, 0.03, 0.1, 0.3)
+OURS_TV = (1.0, 2.0, 4.0, 6.0, 10.0, 15.0, 25.0, 40.0)
+STOPS = (1, 2, 3, 5, 10, 25, 50, 100)
 DATA = Path(__file__).parents[2] / "shared" / "data" / "stem_eds_haadf_map"
 
 
@@ -60,41 +61,59 @@ def peer(data: MultiModal, maps: float, tv: float, iterations: int) -> tuple[flo
     return nrmse(np.stack([np.asarray(found[name]) for name in elements])[:, None], data), seconds
 
 
-def ours(data: MultiModal, tv: float, target: float) -> tuple[float, float, float]:
-    """NRMSE at the end, CPU seconds of the solve, and CPU seconds until the target was first reached."""
-    given = Settings(lambda_tv=tv, weights="z_gamma_linear", errors="none", tolerance=1e-5)
-    fused2d.reconstruct(data, given)  # compiles
-    started = time.process_time()
-    solution = fused2d.reconstruct(data, given)
-    seconds = time.process_time() - started
-    passed: dict[int, float] = {}
-    stops = list(range(1, solution.metrics["iterations"] + 1))
-    fused2d.reconstruct(data, given, checkpoints=stops, observe=lambda n, maps: passed.update({n: nrmse(maps, data)}))
-    first = next((n for n in stops if passed[n] <= target), None)
-    if first is None:
-        return nrmse(solution.volume, data), seconds, float("nan")
-    short = replace(given, iterations=first, tolerance=0.0)
-    fused2d.reconstruct(data, short)
-    started = time.process_time()
-    fused2d.reconstruct(data, short)
-    return nrmse(solution.volume, data), seconds, time.process_time() - started
+@dataclass(frozen=True)
+class Ours:
+    """Our best: NRMSE, its weight of TV and iterations, CPU seconds of that solve, and until a target was reached."""
+
+    nrmse: float
+    tv: float
+    iterations: int
+    seconds: float
+    to_target: float
+
+
+def ours(data: MultiModal, target: float) -> Ours:
+    """The best over weights of TV and stops, and the least CPU time to the target; each timed solve a second one."""
+    passed: dict[tuple[float, int], float] = {}
+    for tv in OURS_TV:
+        fused2d.reconstruct(data, _given(tv, max(STOPS)), checkpoints=STOPS,
+                            observe=lambda n, maps, tv=tv: passed.update({(tv, n): nrmse(maps, data)}))
+    best = min(passed, key=lambda each: passed[each])
+    there = [each for each, value in passed.items() if value <= target]
+    soonest = min(there, key=lambda each: (each[1], passed[each]), default=None)
+    return Ours(passed[best], *best, _seconds(data, *best), _seconds(data, *soonest) if soonest else float("nan"))
+
+
+def _given(tv: float, iterations: int) -> Settings:
+    return Settings(lambda_tv=tv, weights="z_gamma_linear", errors="none", tolerance=0.0, iterations=iterations)
+
+
+def _seconds(data: MultiModal, tv: float, iterations: int) -> float:
+    """CPU seconds of a solve that is compiled and whose data lie on the device; the median of five."""
+    found = []
+    for _ in range(6):
+        started = time.process_time()
+        fused2d.reconstruct(data, _given(tv, iterations))
+        found.append(time.process_time() - started)
+    return float(np.median(found[1:]))
 
 
 def against_the_peer() -> list[str]:
     """A table over the SNR of the maps."""
     if not importlib.util.find_spec("multimodal_fusion"):
         return ["multimodal-fusion is not installed here; `make bench` installs it."]
-    rows = ["| chemical SNR | measured maps | multimodal-fusion | its settings | CPU s | ours | CPU s | "
-            "to its NRMSE, CPU s | ratio |", "|" + "---|" * 9]
+    rows = ["| chemical SNR | measured maps | multimodal-fusion | its settings | CPU ms | ours | settings | CPU ms | "
+            "to its NRMSE, CPU ms | ratio |", "|" + "---|" * 10]
     for snr in SNRS:
         data = specimen(SIZE, snr)
-        tries = {each: peer(data, *each) for each in itertools.product(PEER_MAPS, PEER_TV, PEER_STOPS)}
+        tries = {each: peer(data, *each) for each in itertools.product(PEER_MAPS, PEER_TV, STOPS)}
         best = min(tries, key=lambda each: tries[each][0])
         value, seconds = tries[best]
-        found = min((ours(data, tv, value) for tv in OURS_TV), key=lambda each: each[0])
+        found = ours(data, value)
         rows.append(f"| {snr:g} | {nrmse(data.chem.projections, data):.3f} | {value:.3f} | maps {best[0]:g}, TV "
-                    f"{best[1]:g}, {best[2]} iterations | {seconds:.2f} | {found[0]:.3f} | {found[1]:.3f} | "
-                    f"{found[2]:.3f} | {seconds / found[2]:.0f} |")
+                    f"{best[1]:g}, {best[2]} iterations | {1e3 * seconds:.0f} | {found.nrmse:.3f} | TV {found.tv:g}, "
+                    f"{found.iterations} iterations | {1e3 * found.seconds:.0f} | {1e3 * found.to_target:.0f} | "
+                    f"{seconds / found.to_target:.1f} |")
     return rows
 
 
@@ -136,8 +155,9 @@ def main() -> None:
     """Write the section."""
     publish("Fused 2D maps", "\n".join([
         f"Against multimodal-fusion (PyPI): CoS/CoO particle, {SIZE} x {SIZE}, HAADF SNR 100, both at the best of "
-        f"their settings (it: {len(PEER_MAPS)} x {len(PEER_TV)} weights, stopped at {len(PEER_STOPS)} points; ours: "
-        f"{len(OURS_TV)} weights of TV). NRMSE is the mean over elements; CPU seconds leave out compiling.", "",
+        f"their settings (it: {len(PEER_MAPS)} x {len(PEER_TV)} weights; ours: {len(OURS_TV)} weights of TV), stopped "
+        f"after {', '.join(map(str, STOPS))} iterations. NRMSE is the mean over elements; CPU times leave out compiling.",
+        "",
         *against_the_peer(), "", f"Five elements at {LARGE} x {LARGE}, chemical SNR 5:", "", *large_maps(), "",
         "Measured STEM-EDX map (configs/fused2d_measured.yaml), a quarter of the counts set aside by thinning, four "
         "folds; each method at its best strength:", "", *measured_counts()]))
