@@ -156,8 +156,8 @@ def main() -> None:
     publish("Fused 2D maps", "\n".join([
         f"Against multimodal-fusion (PyPI): CoS/CoO particle, {SIZE} x {SIZE}, HAADF SNR 100, both at the best of "
         f"their settings (it: {len(PEER_MAPS)} x {len(PEER_TV)} weights; ours: {len(OURS_TV)} weights of TV), stopped "
-        f"after {', '.join(map(str, STOPS))} iterations. NRMSE is the mean over elements; CPU times leave out compiling.",
-        "",
+        f"after {', '.join(map(str, STOPS))} iterations. NRMSE is the mean over elements; CPU times leave out compiling"
+        ".", "",
         *against_the_peer(), "", f"Five elements at {LARGE} x {LARGE}, chemical SNR 5:", "", *large_maps(), "",
         "Measured STEM-EDX map (configs/fused2d_measured.yaml), a quarter of the counts set aside by thinning, four "
         "folds; each method at its best strength:", "", *measured_counts()]))
