@@ -1,5 +1,6 @@
 """The command as a user meets it: help, sentences and exit status for bad input, and whole runs."""
 
+import importlib.util
 import json
 import os
 import re
@@ -128,7 +129,7 @@ def test_check_of_measured_data_names_the_file_that_is_missing(tmp_path):
     assert str(tmp_path / "maps.npz") in err or str(tmp_path / "haadf.mrc") in err
 
 
-@pytest.mark.parametrize("name", sorted(set(resources.configs()) - {"idp"}))
+@pytest.mark.parametrize("name", sorted(set(resources.configs()) - {"idp", "fused2d_measured"}))
 def test_shipped_sweeps_pass_check_which_counts_cells_and_trials(name):
     code, out, err = told("check", name, "--memory", 80)
     assert (code, err) == (0, "")
@@ -148,6 +149,15 @@ def test_check_opens_measured_files_and_tells_their_shapes():
     assert "16 projections from -40 to 35 degrees, 256 x 256 pixels" in out
     code, _, said = told("check", "idp", "--set", f"data.root={data}", "--set", "data.chem.units=net_counts")
     assert code == 0 and said.startswith("warning: --set data.chem.units=net_counts") and "least squares" in said
+
+
+def test_check_opens_a_measured_spectrum_image():
+    data = ROOT.parent / "shared" / "data" / "stem_eds_haadf_map"
+    if not data.exists() or not importlib.util.find_spec("rsciio"):
+        pytest.skip("the measured file, or its reader, is not here")
+    code, out, _ = told("check", "fused2d_measured", "--set", f"data.root={data}")
+    assert code == 0 and "data.chem   5 elements, 1 projections" in out
+    assert "1 x 64 x 25 voxels" in out and "of 0.771 nm" in out
 
 
 def test_plan_counts_solves_of_folds_and_bytes_of_volumes():
