@@ -18,6 +18,7 @@ from sweeps.grid import Cell
 from sweeps.tables import Run, shown, title
 
 ERRORS = "viridis"
+BAND = 10  # rows that a profile averages, as in F2's Fig. 4d
 MARGIN = 0.3  # of the range, beside the pixels that are looked at
 
 
@@ -37,6 +38,8 @@ def drawn(run: Run, kept: Mapping[str, Any], chosen: list[Cell],
         arrays, elements = {field: group[field][:] for field in group.array_keys()}, group.attrs["elements"]
         yield (f"maps-{word}", f"Maps of the {word} cell{f' ({name})' if name else ''}, as measured and recovered, "
                "with their standard errors.", maps(arrays, elements, float(np.min(group.attrs["voxel_nm"])), truth))
+        yield (f"profiles-{word}", f"Profiles through the middle of the {word} cell over {BAND} rows (F2, Fig. 4d).",
+               profiles(arrays, elements, float(np.min(group.attrs["voxel_nm"])), truth))
         if "share" not in (run.winner(cell) or {}).get("elements", {}):
             continue
         try:
@@ -107,6 +110,33 @@ def maps(arrays: Mapping[str, np.ndarray], elements: list[str], pixel: float, tr
             row[-1].imshow(error[k, 0], cmap=ERRORS, norm=scale, origin="lower", interpolation="nearest")
             row[-1].set_title(f"{element}, standard error", fontsize=9)
             _bar(figure, row[-1], scale, ERRORS)
+    return figure
+
+
+def profiles(arrays: Mapping[str, np.ndarray], elements: list[str], pixel: float, truth: np.ndarray | None) -> Figure:
+    """Along x, the mean over the rows in the middle: truth, as measured, and fused with its standard error."""
+    figure = Figure(figsize=(3.4 * len(elements) + 0.4, 2.8), layout="constrained")
+    ny, nx = arrays["volume"].shape[2:]
+    rows = slice(max(0, ny // 2 - BAND // 2), ny // 2 + BAND // 2)
+    place = (np.arange(nx) - (nx - 1) / 2) * pixel
+    error = arrays.get("field_standard_error")
+    for k, (ax, element) in enumerate(zip(figure.subplots(1, len(elements), squeeze=False)[0], elements, strict=True)):
+        fused = arrays["volume"][k, 0, rows].mean(0)
+        ax.plot(place, arrays["field_measured"][k, 0, rows].mean(0), color="0.65", lw=1, label="as measured")
+        ax.plot(place, fused, color=figures.LINES[1], lw=1.4, label="fused")
+        if error is not None:
+            # Pixels err independently as far as noise goes.
+            known = np.nan_to_num(error[k, 0, rows])
+            band = np.sqrt((known**2).sum(0)) / len(known)
+            ax.fill_between(place, fused - band, fused + band, color=figures.LINES[1], alpha=0.25, lw=0)
+        if truth is not None:
+            ax.plot(place, truth[k, 0, rows].mean(0), "--", color="black", lw=1, label="truth")
+        ax.set_title(element, fontsize=9)
+        ax.set_xlabel("x [nm]", fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("concentration", fontsize=8)
+    figure.axes[0].legend(fontsize=7, frameon=False)
     return figure
 
 

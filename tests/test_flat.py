@@ -74,7 +74,8 @@ def test_shares_are_in_the_atlas_and_in_the_table(folder):
 
 def test_the_report_shows_maps_errors_and_concentrations(folder):
     names = {path.name for path in report.write(folder)}
-    assert {"errors.png", "shares-map.png", "maps-best.png", "maps-worst.png", "shares-best.png"} <= names
+    assert {"errors.png", "shares-map.png", "maps-best.png", "maps-worst.png", "shares-best.png",
+            "profiles-best.png"} <= names
     assert not any(name.startswith("slices") for name in names)
     for name in names - {"index.html"}:
         picture = matplotlib.image.imread(folder / "report" / name)
