@@ -72,12 +72,14 @@ def _weight(value: Any) -> Any:
 
 
 def power(value: Any) -> Any:
+    """A power of Z x between 1 and 2, or a range of it."""
     if value is not None and not all(1 <= end <= 2 for end in ends(value)):
         raise ValueError(f"must lie in 1 to 2 (F3: 1.4 to 2), not {', '.join(map(str, ends(value)))}")
     return value
 
 
 def steps(value: Any) -> Any:
+    """A number of steps, at least one, or a range of it."""
     if min(ends(value)) < 1:
         raise ValueError(f"must be at least 1, not {min(ends(value))}")
     return value
@@ -120,12 +122,14 @@ def _indices(values: list[int]) -> list[int]:
 
 
 def once(values: list[str]) -> list[str]:
+    """Axes, none of them named twice."""
     if len({value.lstrip("-") for value in values}) < len(values):
         raise ValueError(f"{flow(values)} names an axis twice")
     return values
 
 
 def checkpoints(values: list[int]) -> list[int]:
+    """Iterations in rising order."""
     if values and (values[0] < 1 or sorted(set(values)) != values):
         raise ValueError("iterations count from 1 and are given once each, in rising order")
     return values

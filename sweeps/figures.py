@@ -117,6 +117,7 @@ def _luminance(colour: Sequence[float]) -> float:
 
 
 def scale(norm: Normalize, name: str) -> ScalarMappable:
+    """What a colour bar is drawn from."""
     return ScalarMappable(norm, name)
 
 
