@@ -19,6 +19,10 @@ class DataError(ValueError):
     """Data that cannot be reconstructed; the message is one sentence: what is wrong, where, and the next step."""
 
 
+class DataWarning(UserWarning):
+    """What can be reconstructed, but should not be believed in every respect."""
+
+
 @dataclass(frozen=True)
 class TiltSeries:
     """The projections of one modality.

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine import coupling, descent, model, pyramid, uncertainty
-from engine.data import DataError, MultiModal, Solution
+from engine.data import DataError, DataWarning, MultiModal, Solution
 from engine.iterate import Keep, outcomes, settled, solve
 from engine.model import FLOOR, GAIN_STEPS, Problem
 from engine.penalties import Dual, tv_dual, zero_dual
@@ -42,10 +42,6 @@ SLACK = 1e-6  # of the cost: what float32 rounds is no rise
 MEMORY = 0.3  # weight of an iteration in the mean change that ends a solve
 MISTRUST = 1.2  # a pixel whose curvature was this many times the one assumed had a part in a rise
 FADE = 0.7  # by which caution fades in each step taken
-
-
-class DataWarning(UserWarning):
-    """What can be reconstructed, but should not be believed in every respect."""
 
 
 @dataclass(frozen=True)

@@ -94,3 +94,40 @@ def peak_rmse(volume: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     found: np.ndarray = np.sqrt(np.mean((peaked(volume) - peaked(truth)) ** 2, axis=1))
     return found
+
+
+def ssim_structure(volume: np.ndarray, truth: np.ndarray) -> float:
+    """The structure term of SSIM over whole volumes of one element, with C = 0 (HEBT, Eq. 19).
+
+    It is Pearson's correlation, so that NRMSE = sqrt(2 - 2 SSIM); HEBT calls it SSIM. `ssim_windowed` is the other one.
+    """
+    return correlation(volume, truth)
+
+
+def scaled_mse(volume: np.ndarray, truth: np.ndarray) -> float:
+    """Mean squared error with the volume brought to the scale that makes it smallest (HEBT, 3.1.2)."""
+    v, t = (np.asarray(a, np.float64).ravel() for a in (volume, truth))
+    size = v @ v
+    return float(np.mean((v @ t / size * v - t) ** 2)) if size > 0 else float(np.mean(t**2))
+
+
+def mse(volume: np.ndarray, truth: np.ndarray) -> float:
+    """Mean squared error as it is: of fractions, which have a scale of their own."""
+    return float(np.mean((np.asarray(volume, np.float64) - np.asarray(truth, np.float64)) ** 2))
+
+
+def ssim_windowed(volume: np.ndarray, truth: np.ndarray, window: int = 7) -> float:
+    """The mean SSIM (Wang et al., 2004) over windows of one element's volume (z, y, x), by scikit-image.
+
+    The volume is brought to the scale of `scaled_mse` first, as HEBT has none. Along axes shorter than the window, a
+    single plane's for one, planes are compared one by one. ImportError where scikit-image is not installed.
+    """
+    from skimage.metrics import structural_similarity
+
+    v, t = np.asarray(volume, np.float64), np.asarray(truth, np.float64)
+    size = np.vdot(v, v)
+    v = v * (np.vdot(v, t) / size if size > 0 else 1)
+    axes = tuple(k for k, count in enumerate(t.shape) if count < window)
+    planes = [np.moveaxis(a, axes, range(len(axes))).reshape(-1, *(n for n in t.shape if n >= window)) for a in (v, t)]
+    span = float(t.max() - t.min()) or 1.0
+    return float(np.mean([structural_similarity(a, b, win_size=window, data_range=span) for a, b in zip(*planes)]))

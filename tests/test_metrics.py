@@ -5,12 +5,16 @@ import pytest
 
 from engine.metrics import (
     correlation,
+    mse,
     nrmse,
     nrmse_elements,
     peak_rmse,
     poisson_deviance,
     scale_error,
+    scaled_mse,
     share_rmse,
+    ssim_structure,
+    ssim_windowed,
 )
 
 
@@ -110,3 +114,40 @@ def test_peak_normalised_error_is_of_maps_with_a_maximum_of_1():
     half = truth.copy()
     half[:, 0, 1, 1] -= 0.9
     np.testing.assert_allclose(peak_rmse(half, truth), 0.1)
+
+
+# ---- HEBT's measures
+
+
+def test_the_structure_term_is_the_correlation_and_tells_the_nrmse(truth):
+    """HEBT Eq. 19 with C = 0, written out; NRMSE = sqrt(2 - 2 SSIM)."""
+    v, t = (truth[0] + 0.7 * truth[1]).astype(float).ravel(), truth[0].astype(float).ravel()
+    dv, dt = v - v.mean(), t - t.mean()
+    count = t.size - 1
+    written = (dv @ dt / count) / (np.sqrt(dv @ dv / count) * np.sqrt(dt @ dt / count))
+    found = ssim_structure(v, t)
+    assert found == pytest.approx(written, rel=1e-12) == np.corrcoef(v, t)[0, 1]
+    assert nrmse(v, t) == pytest.approx(np.sqrt(2 - 2 * found), rel=1e-9)
+
+
+def test_scaled_mse_is_the_least_of_all_scales(truth):
+    v, t = truth[0] + truth[1], truth[0]
+    found = scaled_mse(v, t)
+    assert found == pytest.approx(scaled_mse(1e6 * v, t), rel=1e-5)
+    best = min(mse(a * v, t) for a in np.linspace(0, 2, 2001))
+    assert found <= best == pytest.approx(found, rel=1e-4)
+    assert scaled_mse(3 * t, t) == pytest.approx(0, abs=1e-12) and scaled_mse(0 * t, t) == pytest.approx(mse(0 * t, t))
+
+
+def test_the_windowed_ssim_is_1_for_equals_and_sees_what_the_structure_term_does_not(truth):
+    pytest.importorskip("skimage")
+    t = truth[0]
+    assert ssim_windowed(5 * t, t) == pytest.approx(1)
+    noise = np.random.default_rng(0).normal(size=t.shape)
+    falling = [ssim_windowed(t + a * noise, t) for a in (0.1, 0.3, 1.0)]
+    assert 1 > falling[0] > falling[1] > falling[2]
+    plane = t[:, :, :1]
+    assert ssim_windowed(plane, plane) == pytest.approx(1)
+    # A particle in much vacuum: an offset of the whole volume is no change of structure, and no longer the same image.
+    t = np.pad(t, 12)
+    assert ssim_structure(t + 0.3, t) == pytest.approx(1, abs=1e-6) and ssim_windowed(t + 0.3, t) < 0.7

@@ -1,0 +1,227 @@
+"""HAADF-EDS bimodal tomography (HEBT): every element's map from its X-rays and the HAADF images together, by SIRT.
+
+    minimise over x >= 0    sum_i |(1 - alpha) (r_i b_i - W x_i)|^2 + |alpha (b_H - W sum_i x_i)|^2          (Eq. 17)
+
+b_i are X-ray counts less their known background, r_i the response ratios that make HAADF of them (`engine.responses`),
+x_i = X^b the HAADF of element i per voxel. SIRT has no minimum to arrive at that is wanted: after n iterations noise
+begins to dominate, and n is as much a setting as alpha. `eds` is the same of the maps alone (Eq. 11), `haadf` of the
+images alone, for reference. Fractions of weight come from `engine.quantify`.
+
+What is returned is X^b / r in counts per voxel, or, where the sensitivities are known, in concentrations, so that the
+volumes of all methods and systems are in one unit; `scattering` gives X^b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine import responses, sharding, sirt
+from engine.data import DataError, MultiModal, Solution, TiltSeries
+from engine.iterate import Keep, outcomes, solve
+from engine.projector import Geometry, geometry
+from engine.responses import Responses, smoothed
+from engine.sirt import TERMS, Kind, Problem
+from engine.sizes import bucket
+
+BATCHED = ("alpha", "relaxation")  # what settings of one batch may differ in
+_AXES = Problem._make(0 if name in BATCHED else None for name in Problem._fields)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of one solve.
+
+    alpha: the weight of HAADF, from 0 (the maps alone) to 1. scaling says of what: of the `row`s as SIRT scales them,
+    where maps and images weigh (1 - alpha) : alpha / k for k elements, or of the `plain` rows of Eq. 17 in least
+    squares, (1 - alpha)^2 : alpha^2. The paper's best alpha of 0.8 in the one is 0.59 in the other, for two elements.
+    form: `paper` is SIRT of the stacked system; `preconditioned` lets the differences between elements, which HAADF
+    does not see, go at their own rate, with momentum: the same fixed point in a fraction of the iterations.
+    prefilter: [pixels] sigma of a Gaussian over the maps, along y and x. responses: by element, HAADF per count;
+    empty: by regression. relaxation: of SIRT's steps, below 2. positive: keeps x >= 0.
+    """
+
+    method: Literal["hebt", "eds", "haadf"] = "hebt"
+    form: Literal["paper", "preconditioned"] = "preconditioned"
+    scaling: Literal["row", "plain"] = "row"
+    alpha: float = 0.8
+    iterations: int = 50
+    prefilter: float = 0.8
+    responses: tuple[float, ...] | list[float] = ()
+    relaxation: float = 1.0
+    positive: bool = True
+    devices: int = 1
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A problem on the device, what it is compiled for, and (element, 1, 1, 1) what its volume is multiplied by."""
+
+    problem: Problem
+    kind: Kind
+    unit: np.ndarray
+    responses: Responses | None
+
+
+def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[int] = (),
+                observe: Callable[[int, np.ndarray], None] | None = None, held_out: tuple[int, ...] = (),
+                candidates: TiltSeries | None = None, keep: Keep | None = None) -> Solution:
+    """Concentrations (element, z, y, x) from maps and HAADF images; of `haadf` (1, z, y, x), HAADF per voxel.
+
+    observe(iteration, volume) is called at each checkpoint: a sweep over n is one solve. held_out: chemical tilts that
+    are not fitted. candidates: maps of elements that may be missing, at the same angles. keep: where a long solve
+    leaves its state. Warns (DataWarning) where HAADF is not a sum of the maps. Raises DataError for what cannot be.
+    """
+    watch = None if observe is None else lambda _, n, volume: observe(n, volume)
+    return reconstruct_batch(data, [settings], checkpoints=checkpoints, observe=watch, held_out=held_out,
+                             candidates=candidates, keep=keep)[0]
+
+
+def reconstruct_batch(data: MultiModal, settings: Sequence[Settings], *, checkpoints: Sequence[int] = (),
+                      observe: Callable[[int, int, np.ndarray], None] | None = None, held_out: tuple[int, ...] = (),
+                      candidates: TiltSeries | None = None, keep: Keep | None = None) -> list[Solution]:
+    """`reconstruct` for several settings at once, which may differ in BATCHED. observe(which, iteration, volume)."""
+    first, many = settings[0], len(settings) > 1
+    if any(replace(each, alpha=first.alpha, relaxation=first.relaxation) != first for each in settings):
+        raise ValueError(f"settings of one batch may differ in {', '.join(BATCHED)} alone")
+    for each in settings:
+        _check(data, each)
+    slabs = first.devices
+    ready = _prepare(data, first, held_out, candidates)
+    numbers: dict[str, Any] = {name: jnp.asarray([getattr(each, name) for each in settings], jnp.float32)
+                               for name in BATCHED}
+    numbers = {name: value if many else value[0] for name, value in numbers.items()}
+    problem = ready.problem._replace(**sharding.repeated(numbers, slabs))
+    begin, advance = sirt.solver(ready.kind)
+    axes = _AXES if many else None
+    begun = sharding.spread(_batched(begin, axes), slabs)(problem)
+
+    def volume(x: jax.Array) -> np.ndarray:
+        return sharding.join(x, slabs, data.shape[2]) * ready.unit
+
+    observed = None
+    if observe is not None:
+        def observed(n: int, state: sirt.State) -> None:
+            for k in range(len(settings)):
+                observe(k, n, volume(state.x if not many else state.x[:, k] if slabs > 1 else state.x[k]))
+
+    run = solve(advance, problem, begun, first.iterations, devices=slabs, axes=axes, checkpoints=checkpoints,
+                observe=observed, keep=keep)
+    found = _metrics(data, ready)
+    return [_solution(outcome, volume(outcome.state.x), found) for outcome in outcomes(run, slabs)]
+
+
+def scattering(solution: Solution, elements: Sequence[str]) -> np.ndarray:
+    """X^b of Eq. 17, the HAADF of each element per voxel, from a solution of `hebt`: what Eq. 18 divides by z."""
+    unit = [solution.metrics[f"response_{e}"] * solution.metrics[f"sensitivity_{e}"] for e in elements]
+    return solution.volume * np.asarray(unit, np.float32)[:, None, None, None]
+
+
+def _check(data: MultiModal, settings: Settings) -> None:
+    here = jax.local_device_count()
+    if settings.method != "eds" and data.haadf is None:
+        raise DataError(f"method {settings.method} needs HAADF images; without them use method: eds")
+    if not 0 <= settings.alpha <= 1:
+        raise DataError(f"alpha is {settings.alpha:g}; it is a share of HAADF, from 0 to 1")
+    if not 0 < settings.relaxation < 2:
+        raise DataError(f"the relaxation is {settings.relaxation:g}; SIRT needs one above 0 and below 2")
+    if settings.responses and (len(settings.responses) != len(data.chem.elements)
+                               or not min(settings.responses) > 0):
+        raise DataError(f"{len(settings.responses)} response ratios for {len(data.chem.elements)} elements; give one "
+                        "positive number for each, or none, and they are found by regression")
+    if settings.devices > here:
+        raise DataError(f"solver.devices is {settings.devices}, and JAX sees {here} here: lower it")
+
+
+def _prepare(data: MultiModal, settings: Settings, held_out: tuple[int, ...],
+             candidates: TiltSeries | None) -> _Prepared:
+    """The problem in units in which the data are about 1: of HAADF for both kinds together, else of each map."""
+    chem, bimodal = data.chem, settings.method == "hebt"
+    if settings.method == "haadf":
+        assert data.haadf is not None
+        chem, held_out = data.haadf, ()
+    maps = smoothed(_net(chem), 0 if settings.method == "haadf" else settings.prefilter)
+    scale, images, found = np.array([_level(each) for each in maps]), np.zeros((0, *maps.shape[2:])), None
+    angles, count = np.zeros(0), len(chem.elements)
+    if bimodal:
+        assert data.haadf is not None
+        images, angles = _net(data.haadf)[0], data.haadf.angles
+        found = _responses(data, settings, held_out, candidates)
+        scale = _level(images) / found.values
+        images = images / _level(images)
+    sensitivity = np.ones(count) if settings.method == "haadf" or data.sensitivity is None else data.sensitivity
+    shared = bimodal and not held_out and np.array_equal(angles, chem.angles)
+    kind = Kind(bimodal, shared, settings.scaling == "plain", settings.form == "preconditioned",
+                momentum="all" if settings.form == "preconditioned" else "none", positive=settings.positive)
+    problem = _on_device(data.shape, maps / _column(scale), chem.angles, held_out, images, angles, settings.devices)
+    return _Prepared(problem, kind, _column(scale / sensitivity), found)
+
+
+def _on_device(shape: tuple[int, int, int], maps: np.ndarray, map_angles: np.ndarray, held_out: tuple[int, ...],
+               images: np.ndarray, image_angles: np.ndarray, slabs: int) -> Problem:
+    """Both stacks padded to a few numbers of tilts and cut into slabs; `alpha` and `relaxation` are filled in later."""
+    kinds = {}
+    for name, stack, angles, out in (("image", images, image_angles, ()), ("map", maps, map_angles, held_out)):
+        rays = geometry(angles, bucket(len(angles)) if len(angles) else 0)
+        padding = [(0, 0)] * (stack.ndim - 3) + [(0, len(rays.angles) - len(angles)), (0, 0), (0, 0)]
+        weight = np.asarray(rays.weight).copy()
+        weight[list(out)] = 0
+        rays = Geometry(rays.angles, jnp.asarray(weight))
+        kinds[f"{name}s"] = jnp.asarray(sharding.split(np.pad(stack, padding).astype(np.float32), slabs))
+        kinds |= {f"{name}_{part}": jax.tree.map(jnp.asarray, sharding.repeated(value, slabs)) for part, value in (
+            ("rays", rays), ("scale", sirt.scale(rays, shape[:2], stack.shape[-2])))}
+    return Problem(**kinds, alpha=jnp.float32(0), relaxation=jnp.float32(1))
+
+
+def _responses(data: MultiModal, settings: Settings, held_out: tuple[int, ...],
+               candidates: TiltSeries | None) -> Responses:
+    """By regression; where the settings have them, only their R^2 is looked at."""
+    given = np.asarray(settings.responses, float) if settings.responses else None
+    if given is not None and not responses.common(data, held_out)[0].size:
+        return Responses(given, np.nan, np.nan, {})
+    found = responses.fit(data, prefilter=settings.prefilter, without=held_out, candidates=candidates, values=given)
+    responses.warn(found, data.chem.elements, stacklevel=5)
+    return found
+
+
+def _metrics(data: MultiModal, ready: _Prepared) -> dict[str, Any]:
+    """What a report tells beside the volume: sensitivities, and of both kinds together the ratios and R^2."""
+    names, found = data.chem.elements, ready.responses
+    sensitivity = np.ones(len(names)) if data.sensitivity is None else data.sensitivity
+    metrics = {f"sensitivity_{name}": float(value) for name, value in zip(names, sensitivity)}
+    if found is not None:
+        metrics |= {f"response_{name}": float(value) for name, value in zip(names, found.values)}
+        if np.isfinite(found.r_squared):
+            metrics |= {"r_squared": found.r_squared, "r_squared_smooth": found.r_squared_smooth}
+    return metrics
+
+
+def _solution(outcome: Any, volume: np.ndarray, metrics: dict[str, Any]) -> Solution:
+    history = {name: outcome.history[:, k] for k, name in enumerate(TERMS)}
+    return Solution(volume, history, outcome.status, outcome.ok and bool(np.isfinite(volume).all()),
+                    {"iterations": outcome.iterations, "cost": float(history["total"][-1])} | metrics)
+
+
+@cache
+def _batched(begin: Callable, axes: Problem | None) -> Callable:
+    """A solver's start for one problem or for several; the same object each time."""
+    return begin if axes is None else jax.vmap(begin, in_axes=(axes,))
+
+
+def _net(series: TiltSeries) -> np.ndarray:
+    """Without the known background."""
+    return series.projections - np.broadcast_to(series.background, series.projections.shape)
+
+
+def _level(stack: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.asarray(stack, np.float64) ** 2))) or 1.0
+
+
+def _column(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values, np.float32)[:, None, None, None]

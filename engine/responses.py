@@ -1,0 +1,146 @@
+"""Response ratios: how bright HAADF is where a map has one count (HEBT, Eq. 15), by linear regression.
+
+HEBT stands or falls with the images being a weighted sum of the maps. An element that scatters and has no map breaks
+that: R^2 falls, and every volume takes over something that is not its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.data import DataError, DataWarning, MultiModal, TiltSeries
+
+SMOOTHING = 2.0  # [pixels] of the Gaussian over images and maps before the regression: single counts tell nothing
+ENOUGH = 0.8  # R^2 of the smoothed data below which an element is likely to be missing
+SAME = 0.05  # [deg] between the angles of an image and a map that go together
+FLOOR = 1e-3  # of the largest contribution: an element that HAADF does not see keeps that much
+
+
+@dataclass(frozen=True)
+class Responses:
+    """values: (element,) HAADF per count, per unit of each map.
+
+    r_squared: of images as measured against maps smoothed as the solver's are; what HEBT quotes. r_squared_smooth: of
+    both after the regression's own smoothing, which is what noise leaves; that one tells whether elements are missing.
+    gains: for each candidate, how much it adds to r_squared_smooth.
+    """
+
+    values: np.ndarray
+    r_squared: float
+    r_squared_smooth: float
+    gains: dict[str, float]
+
+    @property
+    def missing(self) -> str | None:
+        """The candidate that explains most of what is left, None without candidates."""
+        return max(self.gains, key=lambda name: self.gains[name]) if self.gains else None
+
+
+def fit(data: MultiModal, *, prefilter: float = 0.0, without: tuple[int, ...] = (),
+        candidates: TiltSeries | None = None, values: Sequence[float] | np.ndarray | None = None) -> Responses:
+    """Non-negative least squares over all pixels of the tilts that both have.
+
+    Noise in the maps, the regressors, would bring the ratios down and share them out wrongly (1 count per pixel: by a
+    half). Maps and images are smoothed alike, and what noise is left is taken off the squares: of counts it is known.
+    prefilter: [pixels] as the solver's. without: tilts of the maps that are not looked at. candidates: maps of further
+    elements, at the same angles as `data.chem`. values: ratios that are known, so that only R^2 is found. DataError
+    where images and maps have no tilt in common.
+    """
+    ours, theirs = common(data, without)
+    assert data.haadf is not None
+    if not ours.size:
+        raise DataError("no map was taken at the angle of a HAADF image, so that their ratio cannot be found; give "
+                        "solver.responses, or chem_angles: subset")
+    images = _net(data.haadf)[0][theirs]
+    chem = _net(data.chem)[:, ours]
+    blurred = smoothed(images, SMOOTHING)
+    parts, noise = smoothed(chem, SMOOTHING), _noise(data.chem, ours)
+    ratios = _regressed(blurred, parts, noise) if values is None else np.asarray(values, np.float64)
+    smooth = r_squared(blurred, parts, ratios)
+    gains = {}
+    if candidates is not None:
+        further, more = smoothed(_net(candidates)[:, ours], SMOOTHING), _noise(candidates, ours)
+        for k, name in enumerate(candidates.elements):
+            both = np.concatenate([parts, further[k:k + 1]])
+            found = _regressed(blurred, both, np.append(noise, more[k]))
+            gains[name] = r_squared(blurred, both, found) - smooth
+    return Responses(ratios, r_squared(images, smoothed(chem, prefilter), ratios), smooth, gains)
+
+
+def warn(found: Responses, elements: tuple[str, ...], stacklevel: int = 3) -> None:
+    """A DataWarning where the maps do not make up the images, with the element that is most likely missing."""
+    if found.r_squared_smooth >= ENOUGH:
+        return
+    name = found.missing
+    likely = (f"most likely {name}, which would bring it to {found.r_squared_smooth + found.gains[name]:.2f}" if name
+              else "most likely a heavy one without a map (grid, weld, support), as its part of the images is missing")
+    warnings.warn(f"HAADF is not a sum of the maps of {', '.join(elements)}: R^2 is {found.r_squared_smooth:.2f} after "
+                  f"smoothing, so that an element that scatters is not among them, {likely}; add its map, or crop it "
+                  "out of the field", DataWarning, stacklevel=stacklevel)
+
+
+def r_squared(images: np.ndarray, parts: np.ndarray, values: np.ndarray) -> float:
+    """Share of the images' variance that the weighted sum of the maps explains."""
+    images = np.asarray(images, np.float64)
+    left = images - np.tensordot(values, np.asarray(parts, np.float64), 1)
+    return float(1 - (left**2).sum() / max(((images - images.mean()) ** 2).sum(), 1e-300))
+
+
+def smoothed(stack: np.ndarray, sigma: float) -> np.ndarray:
+    """Images (..., y, x) after a Gaussian of so many pixels along y and x."""
+    from scipy.ndimage import gaussian_filter
+
+    if sigma <= 0:
+        return stack
+    found: np.ndarray = gaussian_filter(np.asarray(stack, np.float32), sigma, axes=(-2, -1))
+    return found
+
+
+def common(data: MultiModal, without: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the tilts of maps and images at the same angle, but for maps `without`."""
+    if data.haadf is None:
+        raise DataError("response ratios need HAADF images; without them use method: eds")
+    apart = np.abs(data.chem.angles[:, None] - data.haadf.angles)
+    ours = np.array([k for k in range(len(apart)) if k not in without and apart[k].min() < SAME], int)
+    return ours, apart[ours].argmin(1)
+
+
+def _net(series: TiltSeries) -> np.ndarray:
+    """Without the background."""
+    return series.projections - np.broadcast_to(series.background, series.projections.shape)
+
+
+def _noise(series: TiltSeries, tilts: np.ndarray) -> np.ndarray:
+    """(element,) what noise adds to the sum of squares of the smoothed maps."""
+    from scipy.ndimage import gaussian_filter1d
+
+    impulse = np.zeros(129)
+    impulse[64] = 1
+    kept = float((gaussian_filter1d(impulse, SMOOTHING) ** 2).sum())
+    kept = np.prod([kept if count > 1 else 1.0 for count in series.projections.shape[2:]])
+    if series.units == "counts":
+        return kept * series.projections[:, tilts].sum((1, 2, 3), dtype=np.float64)
+    return kept * series.noise_level() ** 2 * series.projections[0, tilts].size
+
+
+def _regressed(images: np.ndarray, parts: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Non-negative r with sum_i r_i parts_i ~ images, the parts' noise taken off their squares."""
+    from scipy.optimize import nnls
+
+    flat = np.asarray(parts, np.float64).reshape(len(parts), -1)
+    gram, right = flat @ flat.T, flat @ np.asarray(images, np.float64).ravel()
+    unit = np.sqrt(np.diag(gram))
+    unit[unit == 0] = 1
+    gram, right, noise = gram / np.outer(unit, unit), right / unit, noise / unit**2
+    share = 1.0
+    while share > 1e-3 and np.linalg.eigvalsh(gram - share * np.diag(noise))[0] < 1e-2:
+        share /= 2  # maps with hardly a count: their noise is nearly all there is
+    gram = gram - share * np.diag(noise) if share > 1e-3 else gram + 1e-9 * np.eye(len(gram))
+    root = np.linalg.cholesky(gram)
+    found, _ = nnls(root.T, np.linalg.solve(root, right))
+    values: np.ndarray = np.maximum(found, FLOOR * max(found.max(), 1e-30)) / unit
+    return values
