@@ -29,7 +29,7 @@ from engine.data import DataError, DataWarning
 LOW, HIGH = 0.1, 0.6  # the threshold is sought between these shares of the particle's level
 STEPS, SMOOTH = 101, 5.0  # thresholds that are tried, and the sigma, in steps, of the Gaussian over the curve
 PLATEAU = 0.5  # a curve that loses more than this share of the volume per unit of the level has no plateau
-THIN = 0.1  # of its X-rays that a line may lose before the thin-film assumption is said to fail
+THIN = 0.1  # by which absorption may change the ratio of two lines before the thin-film assumption is said to fail
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,9 @@ def thin_film(weight: np.ndarray, elements: Sequence[str], mask: np.ndarray, fil
     """The share of its X-rays that each element's line loses on half of the longest path through the particle.
 
     1 - exp(-(mu / rho) rho t / (2 sin(take-off))), t along z, with the particle's mean composition: an estimate, of
-    the size and not of the place. Warns (DataWarning) above 10 %, where Eq. 4 no longer holds.
+    the size and not of the place. Warns (DataWarning) where two lines differ in it by more than 10 %, the thin-film
+    criterion of J. Goldstein et al., Scanning Electron Microscopy 1 (1977) 315: what all lose alike, fractions do not
+    see.
     """
     mean = weight[:, mask].mean(1)
     mean = mean / mean.sum()
@@ -191,12 +193,13 @@ def thin_film(weight: np.ndarray, elements: Sequence[str], mask: np.ndarray, fil
         energy = physics.line_energy(element, line)
         mu = sum(c * physics.attenuation(e, energy) for c, e in zip(mean, elements))
         absorbed[element] = float(1 - np.exp(-mu * density * path))
-    lost = {e: share for e, share in absorbed.items() if share > THIN}
-    if lost:
-        warnings.warn("the thin-film assumption fails: about "
-                      + ", ".join(f"{share:.0%} of the X-rays of {e}" for e, share in lost.items())
-                      + " are absorbed on their way out, so that fractions of these elements come out too low; take a "
-                      "line of higher energy, or factors measured on a specimen as thick", DataWarning, stacklevel=3)
+    most, least = (pick(absorbed, key=lambda e: absorbed[e]) for pick in (max, min))
+    changed = 1 - (1 - absorbed[most]) / (1 - absorbed[least])
+    if changed > THIN:
+        warnings.warn(f"the thin-film assumption fails: {most} loses about {absorbed[most]:.0%} of its X-rays on their "
+                      f"way out and {least} {absorbed[least]:.0%}, so that the ratio of {most} to {least} comes out up "
+                      f"to {changed:.0%} too low; take a line of higher energy, or factors measured on a specimen as "
+                      "thick", DataWarning, stacklevel=3)
     return absorbed
 
 

@@ -71,16 +71,22 @@ def fit(data: MultiModal, *, prefilter: float = 0.0, without: tuple[int, ...] = 
     return Responses(ratios, r_squared(images, smoothed(chem, prefilter), ratios), smooth, gains)
 
 
-def warn(found: Responses, elements: tuple[str, ...], stacklevel: int = 3) -> None:
-    """A DataWarning where the maps do not make up the images, with the element that is most likely missing."""
+def warn(found: Responses, elements: tuple[str, ...], given: bool = False, stacklevel: int = 3) -> None:
+    """A DataWarning where the maps do not make up the images, with the element that is most likely missing.
+
+    given: the ratios are not those of a regression, and may be what is wrong.
+    """
     if found.r_squared_smooth >= ENOUGH:
         return
     name = found.missing
-    likely = (f"most likely {name}, which would bring it to {found.r_squared_smooth + found.gains[name]:.2f}" if name
-              else "most likely a heavy one without a map (grid, weld, support), as its part of the images is missing")
-    warnings.warn(f"HAADF is not a sum of the maps of {', '.join(elements)}: R^2 is {found.r_squared_smooth:.2f} after "
-                  f"smoothing, so that an element that scatters is not among them, {likely}; add its map, or crop it "
-                  "out of the field", DataWarning, stacklevel=stacklevel)
+    likely = "most likely a heavy one (of the grid, a weld, a support)"
+    if name:
+        likely = f"most likely {name}, whose map would bring it to {found.r_squared_smooth + found.gains[name]:.2f}"
+    cause = f"so that an element that scatters is not among them, {likely}; add its map, or crop it out of the field"
+    if given:
+        cause = "so that the ratios given are wrong; leave out solver.responses, and they are found by regression"
+    warnings.warn(f"HAADF is not a weighted sum of the maps of {', '.join(elements)}: R^2 is "
+                  f"{found.r_squared_smooth:.2f} after smoothing, {cause}", DataWarning, stacklevel=stacklevel)
 
 
 def r_squared(images: np.ndarray, parts: np.ndarray, values: np.ndarray) -> float:

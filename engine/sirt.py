@@ -9,7 +9,10 @@ u = 1 - alpha, v = alpha / k is SIRT's own row scaling of the stacked rows, `row
 their weights in least squares, `plain`. Without the bound x >= 0, and at equal angles, this falls apart: the sum of
 the x_i is SIRT of the sum of the data at rate 1, every difference x_i - x_j SIRT of b_i - b_j at the rate
 u / (u + k v), which for `row` is 1 - alpha. The images have no say in the differences, which settle 1 / (1 - alpha)
-times later than SIRT of the maps alone. `preconditioned` gives them rate 1 as well: the same fixed point, sooner.
+times later than SIRT of the maps alone.
+
+`preconditioned` takes them out of alpha's hands: they have a rate of their own, and both channels go with Nesterov's
+momentum, n iterations of which do what about n^2 / 4 do without. The fixed point is the same.
 """
 
 from __future__ import annotations
@@ -47,16 +50,16 @@ class Problem(NamedTuple):
     map_scale: Scale
     alpha: jax.Array
     relaxation: jax.Array
+    differences: jax.Array  # rate of the differences, `preconditioned`
 
 
 class Kind(NamedTuple):
-    """What is compiled in. shared: images and maps have the same tilts. momentum: of no channel, the sum, or all."""
+    """What is compiled in. shared: images and maps have the same tilts."""
 
     bimodal: bool
     shared: bool = False
     plain: bool = False
     preconditioned: bool = False
-    momentum: str = "none"
     positive: bool = True
 
 
@@ -98,7 +101,7 @@ def start(problem: Problem, kind: Kind) -> tuple[State, jax.Array]:
     """Nothing, and its cost."""
     shape = (problem.maps.shape[0], *problem.map_scale.columns.shape[:2], problem.maps.shape[-1])
     x, signal, image = jnp.zeros(shape), jnp.zeros_like(problem.maps), jnp.zeros_like(problem.images)
-    past = [a if kind.momentum != "none" else jnp.float32(0) for a in (x, signal, image)]
+    past = [a if kind.preconditioned else jnp.float32(0) for a in (x, signal, image)]
     return settled(State(x, signal, image, *past, jnp.float32(1))), _cost(problem, signal, image, kind)
 
 
@@ -106,12 +109,10 @@ def step(problem: Problem, state: State, _: jax.Array, *, kind: Kind) -> tuple[S
     """One iteration; returns the state, its cost terms, the relative change."""
     x, signal, image = state[:3]
     t, past = state.t, state[3:6]
-    if kind.momentum != "none":
+    if kind.preconditioned:
         t = (1 + jnp.sqrt(1 + 4 * state.t**2)) / 2
-        push, past = (state.t - 1) / t, state[:3]
-        ahead = [a + push * (a - b) if kind.momentum == "all" or a.ndim == 3 else a + push * (a - b).mean(0)
-                 for a, b in zip(state[:3], state[3:6])]
-        x, signal, image = ahead
+        past = (x, signal, image)
+        x, signal, image = (now + (state.t - 1) / t * (now - before) for now, before in zip(past, state[3:6]))
     maps_error = problem.map_scale.rows * (problem.maps - signal)
     if kind.bimodal:
         image_error = problem.image_scale.rows * (problem.images - image)
@@ -133,7 +134,7 @@ def _shared(problem: Problem, maps: jax.Array, images: jax.Array, kind: Kind) ->
     u, v = weights(problem.alpha, count, kind.plain)
     mean = maps.mean(0)
     common = (u * mean + v * images) / (u + count * v)
-    rate = 1.0 if kind.preconditioned else u / (u + count * v)
+    rate = problem.differences if kind.preconditioned else u / (u + count * v)
     return _back(problem, common + rate * (maps - mean)) / problem.map_scale.columns
 
 
@@ -144,8 +145,8 @@ def _separate(problem: Problem, maps: jax.Array, images: jax.Array, kind: Kind) 
     columns = u * problem.map_scale.columns + count * v * problem.image_scale.columns
     own, seen = _back(problem, maps), backproject(images, problem.image_rays, *columns.shape[:2])
     mean = own.mean(0)
-    apart = (own - mean) / problem.map_scale.columns if kind.preconditioned else u * (own - mean) / columns
-    return apart + (u * mean + v * seen) / columns
+    rate = problem.differences / problem.map_scale.columns if kind.preconditioned else u / columns
+    return rate * (own - mean) + (u * mean + v * seen) / columns
 
 
 def _back(problem: Problem, maps: jax.Array) -> jax.Array:

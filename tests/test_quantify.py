@@ -109,9 +109,8 @@ def test_fractions_come_back_and_sum_to_one_on_the_mask(particle):
     np.testing.assert_allclose(found.atomic.sum(0)[found.mask], 1, rtol=1e-6)
     assert not found.weight[:, ~found.mask].any() and not found.atomic[:, ~found.mask].any()
     np.testing.assert_allclose(found.weight[:, found.mask], share[:, found.mask], atol=1e-6)
-    silver = found.weight[0] / AGAU[0].weight
-    np.testing.assert_allclose(found.atomic[0][found.mask],
-                               (silver / (silver + found.weight[1] / AGAU[1].weight))[found.mask], rtol=1e-5)
+    silver, gold = (share[k][found.mask] / AGAU[k].weight for k in (0, 1))
+    np.testing.assert_allclose(found.atomic[0][found.mask], silver / (silver + gold), rtol=1e-5)
 
 
 def test_every_kind_of_factor_gives_the_same_fractions(particle):
@@ -198,9 +197,9 @@ def test_thick_specimens_are_warned_of(particle):
     film = Film(3.0, phantoms_hebt.LINES)
     found = quantify.quantify(truth, ("Ag", "Au"), np.ones(2), film=film)
     thin = found.absorbed
-    assert 0 < thin["Ag"] < 0.1 and 0 < thin["Au"] < 0.1  # 96 nm
-    with pytest.warns(DataWarning, match="thin-film assumption fails"):
+    assert 0.1 < thin["Ag"] < thin["Au"] < 0.2  # 96 nm: both lose a sixth, which their ratio does not see
+    with pytest.warns(DataWarning, match="Au loses about .* of its X-rays"):
         thick = quantify.quantify(truth, ("Ag", "Au"), np.ones(2), film=Film(100.0, phantoms_hebt.LINES)).absorbed
-    assert thick["Au"] > 0.1 and np.log1p(-thick["Au"]) == pytest.approx(np.log1p(-thin["Au"]) * 100 / 3, rel=1e-3)
+    assert np.log1p(-thick["Au"]) == pytest.approx(np.log1p(-thin["Au"]) * 100 / 3, rel=1e-3)
     half = quantify.quantify(truth, ("Ag", "Au"), np.ones(2), film=Film(3.0, phantoms_hebt.LINES, density=7.0))
     assert half.absorbed["Ag"] < thin["Ag"]
