@@ -171,17 +171,22 @@ def _prepare(data: MultiModal, settings: Settings, held_out: tuple[int, ...],
 def _on_device(shape: tuple[int, int, int], maps: np.ndarray, map_angles: np.ndarray, held_out: tuple[int, ...],
                images: np.ndarray, image_angles: np.ndarray, slabs: int) -> Problem:
     """Both stacks padded to a few numbers of tilts and cut into slabs; what is in BATCHED is filled in later."""
-    kinds = {}
-    for name, stack, angles, out in (("image", images, image_angles, ()), ("map", maps, map_angles, held_out)):
+    def on_device(tree: Any) -> Any:
+        return jax.tree.map(jnp.asarray, sharding.repeated(tree, slabs))
+
+    def kind(stack: np.ndarray, angles: np.ndarray, out: tuple[int, ...]) -> tuple[jax.Array, Geometry, sirt.Scale]:
         rays = geometry(angles, bucket(len(angles)) if len(angles) else 0)
         padding = [(0, 0)] * (stack.ndim - 3) + [(0, len(rays.angles) - len(angles)), (0, 0), (0, 0)]
         weight = np.asarray(rays.weight).copy()
         weight[list(out)] = 0
         rays = Geometry(rays.angles, jnp.asarray(weight))
-        kinds[f"{name}s"] = jnp.asarray(sharding.split(np.pad(stack, padding).astype(np.float32), slabs))
-        kinds |= {f"{name}_{part}": jax.tree.map(jnp.asarray, sharding.repeated(value, slabs)) for part, value in (
-            ("rays", rays), ("scale", sirt.scale(rays, shape[:2], stack.shape[-2])))}
-    return Problem(**kinds, alpha=jnp.float32(0), relaxation=jnp.float32(1), differences=jnp.float32(1))
+        filled = jnp.asarray(sharding.split(np.pad(stack, padding).astype(np.float32), slabs))
+        return filled, on_device(rays), on_device(sirt.scale(rays, shape[:2], stack.shape[-2]))
+
+    images_on, image_rays, image_scale = kind(images, image_angles, ())
+    maps_on, map_rays, map_scale = kind(maps, map_angles, held_out)
+    one = jnp.float32(1)
+    return Problem(images_on, maps_on, image_rays, map_rays, image_scale, map_scale, one, one, one)
 
 
 def _responses(data: MultiModal, settings: Settings, held_out: tuple[int, ...],

@@ -49,9 +49,9 @@ def density(content: dict[str, float]) -> float:
 
 
 def fractions(volume: np.ndarray) -> np.ndarray:
-    """Weight fractions (element, z, y, x) of partial densities, 0 in vacuum."""
-    total = volume.sum(0)
-    return np.divide(volume, total, out=np.zeros_like(volume), where=total > 0)
+    """Weight fractions (element, z, y, x) of partial densities, 0 where less than half of a voxel is covered."""
+    total, filled = volume.sum(0), sum(part / rho for part, rho in zip(volume, DENSITY.values()))
+    return np.divide(volume, total, out=np.zeros_like(volume), where=filled >= 0.5)
 
 
 def _in_particle(z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -63,4 +63,5 @@ def _in_particle(z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _in_core(z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return sum(((a - b) / c) ** 2 for a, b, c in zip((z, y, x), _CORE_PLACE, _CORE_AXES)) < 1
+    distance: np.ndarray = sum((((a - b) / c) ** 2 for a, b, c in zip((z, y, x), _CORE_PLACE, _CORE_AXES)), np.zeros(1))
+    return distance < 1

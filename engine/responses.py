@@ -126,8 +126,8 @@ def _noise(series: TiltSeries, tilts: np.ndarray) -> np.ndarray:
 
     impulse = np.zeros(129)
     impulse[64] = 1
-    kept = float((gaussian_filter1d(impulse, SMOOTHING) ** 2).sum())
-    kept = np.prod([kept if count > 1 else 1.0 for count in series.projections.shape[2:]])
+    along = float((gaussian_filter1d(impulse, SMOOTHING) ** 2).sum())
+    kept = along ** sum(count > 1 for count in series.projections.shape[2:])
     if series.units == "counts":
         return kept * series.projections[:, tilts].sum((1, 2, 3), dtype=np.float64)
     return kept * series.noise_level() ** 2 * series.projections[0, tilts].size

@@ -101,8 +101,8 @@ def start(problem: Problem, kind: Kind) -> tuple[State, jax.Array]:
     """Nothing, and its cost."""
     shape = (problem.maps.shape[0], *problem.map_scale.columns.shape[:2], problem.maps.shape[-1])
     x, signal, image = jnp.zeros(shape), jnp.zeros_like(problem.maps), jnp.zeros_like(problem.images)
-    past = [a if kind.preconditioned else jnp.float32(0) for a in (x, signal, image)]
-    return settled(State(x, signal, image, *past, jnp.float32(1))), _cost(problem, signal, image, kind)
+    past = (x, signal, image) if kind.preconditioned else (jnp.float32(0),) * 3
+    return settled(State._make((x, signal, image, *past, jnp.float32(1)))), _cost(problem, signal, image, kind)
 
 
 def step(problem: Problem, state: State, _: jax.Array, *, kind: Kind) -> tuple[State, jax.Array, jax.Array]:
@@ -125,7 +125,7 @@ def step(problem: Problem, state: State, _: jax.Array, *, kind: Kind) -> tuple[S
     if kind.bimodal:
         image = signal.sum(0) if kind.shared else project(x.sum(0), problem.image_rays, problem.images.shape[-2])
     terms = _cost(problem, signal, image, kind)
-    return State(x, signal, image, *past, t), terms, sharding.relative_change(x, state.x)
+    return State._make((x, signal, image, *past, t)), terms, sharding.relative_change(x, state.x)
 
 
 def _shared(problem: Problem, maps: jax.Array, images: jax.Array, kind: Kind) -> jax.Array:

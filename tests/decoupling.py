@@ -18,7 +18,7 @@ from engine import sirt
 from engine.projector import Geometry
 from engine.sirt import Kind, Problem, Scale
 
-TILTS, PIXELS, SHAPE, ELEMENTS, STEPS, RATE = 7, 15, (13, 15), 3, 20, 0.4
+TILTS, PIXELS, SHAPE, ELEMENTS, STEPS, RATE = 7, 15, (13, 15), 3, 10, 0.4
 
 
 def solve(maps, images, alpha, relaxation, rays, kind, differences=1.0):
@@ -45,7 +45,7 @@ def main():
     maps = jnp.asarray(rng.random((ELEMENTS, TILTS, PIXELS, 1)))
     images = jnp.asarray(rng.random((TILTS, PIXELS, 1)))
     none = jnp.zeros((0, PIXELS, 1))
-    for alpha in (0.3, 0.8, 0.95):
+    for alpha in (0.3, 0.9):
         share = {False: alpha, True: ELEMENTS * alpha**2 / ((1 - alpha) ** 2 + ELEMENTS * alpha**2)}
         for plain in (False, True):
             together = (1 - share[plain]) * maps.sum(0, keepdims=True) + share[plain] * images[None]

@@ -48,7 +48,7 @@ def test_the_channels_decouple():
     done = subprocess.run([sys.executable, "-m", "tests.decoupling"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
-    assert len(found) == 24
+    assert len(found) == 16
     for total, apart, kind in found:
         assert float(total) < 1e-10 and float(apart) < 1e-10, kind
 

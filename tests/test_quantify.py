@@ -16,8 +16,9 @@ COZN = physics.emissions(("Co", "Zn"), 80.0)
 
 @pytest.fixture(scope="module")
 def particle():
-    """The particle's partial densities and its weight fractions, (element, z, y, x)."""
+    """The particle's partial densities and its weight fractions, (element, z, y, x), of whole voxels' worth."""
     truth = phantoms_hebt.phantom(48, planes=12)
+    truth = np.where(phantoms_hebt.fractions(truth) > 0, truth, 0)
     return truth, phantoms_hebt.fractions(truth)
 
 
