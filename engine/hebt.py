@@ -142,7 +142,8 @@ def _check(data: MultiModal, settings: Settings) -> None:
         raise DataError(f"{len(settings.responses)} response ratios for {len(data.chem.elements)} elements; give one "
                         "positive number for each, or none, and they are found by regression")
     if settings.devices > here:
-        raise DataError(f"solver.devices is {settings.devices}, and JAX sees {here} here: lower it")
+        raise DataError(f"solver.devices is {settings.devices}, and JAX sees {here} here: lower it; on a CPU, set "
+                        f"XLA_FLAGS=--xla_force_host_platform_device_count={settings.devices} before JAX starts")
 
 
 def _prepare(data: MultiModal, settings: Settings, held_out: tuple[int, ...],

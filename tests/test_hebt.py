@@ -1,5 +1,6 @@
 """Laws of HEBT: decoupled channels, fixed points, what must not matter, what must come out, refusals."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import pytest
 from engine import hebt, measured, metrics, phantoms_hebt, physics, quantify, responses, signals
 from engine.data import DataError, DataWarning, MultiModal
 from engine.hebt import Settings, reconstruct, reconstruct_batch
+from launch import devices
 from tests.specimens import distance, with_images, with_maps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,13 +155,23 @@ def test_a_batch_is_its_members(small):
 
 
 def test_planes_do_not_know_each_other():
-    """Without the filter along x a volume is its planes; and slabs give what one device gives."""
+    """Without the filter along x a volume is its planes."""
     data = simulated(24, planes=4)
     settings = Settings(prefilter=0.0, responses=(439.0, 446.0))
     whole = reconstruct(data, settings).volume
     part = replace(data, chem=replace(data.chem, projections=data.chem.projections[..., 1:3]), truth=None,
                    haadf=replace(data.haadf, projections=data.haadf.projections[..., 1:3]), shape=(24, 24, 2))
     assert distance(reconstruct(part, settings).volume, whole[..., 1:3]) < 1e-4
+
+
+@pytest.mark.slow
+def test_slabs_give_what_one_device_gives():
+    given = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC", "OMP_NUM_THREADS")}
+    env = devices.environment(0, 1, given | {"JAX_PLATFORMS": "cpu"}, share=3)
+    done = subprocess.run([sys.executable, "-m", "tests.hebt_slabs"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [float(line.split()[0]) for line in done.stdout.splitlines()]
+    assert len(found) == 5 and max(found) < 1e-4
 
 
 # ---- What must come out
