@@ -54,6 +54,16 @@ def fractions(volume: np.ndarray) -> np.ndarray:
     return np.divide(volume, total, out=np.zeros_like(volume), where=filled >= 0.5)
 
 
+def profile(volume: np.ndarray, rows: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """y [nm] and values (element, y) of a volume along y through the middle of the core, a mean over some rows of z.
+
+    HEBT's figures S1 to S3 show how sharp the boundaries of core and shell are, and how that falls with alpha.
+    """
+    _, nz, ny, nx = volume.shape
+    first = round(_CORE_PLACE[0] * nz / FIELD_NM + (nz - 1) / 2 - (rows - 1) / 2)
+    return (np.arange(ny) - (ny - 1) / 2) * FIELD_NM / ny, volume[:, first:first + rows, :, nx // 2].mean(1)
+
+
 def _in_particle(z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     radius = np.sqrt(z**2 + y**2 + x**2)
     round_x = np.sqrt(z**2 + y**2) / np.maximum(radius, 1e-9)  # 1 at the equator about x, so that the outline is smooth

@@ -16,6 +16,7 @@ from engine.data import DataError, DataWarning, MultiModal, TiltSeries
 
 SMOOTHING = 2.0  # [pixels] of the Gaussian over images and maps before the regression: single counts tell nothing
 ENOUGH = 0.8  # R^2 of the smoothed data below which an element is likely to be missing
+LEVEL = "a level"
 SAME = 0.05  # [deg] between the angles of an image and a map that go together
 FLOOR = 1e-3  # of the largest contribution: an element that HAADF does not see keeps that much
 
@@ -26,7 +27,7 @@ class Responses:
 
     r_squared: of images as measured against maps smoothed as the solver's are; what HEBT quotes. r_squared_smooth: of
     both after the regression's own smoothing, which is what noise leaves; that one tells whether elements are missing.
-    gains: for each candidate, how much it adds to r_squared_smooth.
+    gains: for each candidate, how much it adds to r_squared_smooth; LEVEL is HAADF where there is nothing.
     """
 
     values: np.ndarray
@@ -36,8 +37,10 @@ class Responses:
 
     @property
     def missing(self) -> str | None:
-        """The candidate that explains most of what is left, None without candidates."""
-        return max(self.gains, key=lambda name: self.gains[name]) if self.gains else None
+        """The candidate that explains most of what is left: an element, a tenth or more; a level, over half."""
+        left = 1 - self.r_squared_smooth
+        able = {name: gain for name, gain in self.gains.items() if gain > (0.5 if name == LEVEL else 0.1) * left}
+        return max(able, key=lambda name: able[name], default=None)
 
 
 def fit(data: MultiModal, *, prefilter: float = 0.0, without: tuple[int, ...] = (),
@@ -61,13 +64,15 @@ def fit(data: MultiModal, *, prefilter: float = 0.0, without: tuple[int, ...] = 
     parts, noise = smoothed(chem, SMOOTHING), _noise(data.chem, ours)
     ratios = _regressed(blurred, parts, noise) if values is None else np.asarray(values, np.float64)
     smooth = r_squared(blurred, parts, ratios)
-    gains = {}
+    further, more = {LEVEL: np.ones(blurred.shape)}, {LEVEL: 0.0}
     if candidates is not None:
-        further, more = smoothed(_net(candidates)[:, ours], SMOOTHING), _noise(candidates, ours)
-        for k, name in enumerate(candidates.elements):
-            both = np.concatenate([parts, further[k:k + 1]])
-            found = _regressed(blurred, both, np.append(noise, more[k]))
-            gains[name] = r_squared(blurred, both, found) - smooth
+        further |= dict(zip(candidates.elements, smoothed(_net(candidates)[:, ours], SMOOTHING)))
+        more |= dict(zip(candidates.elements, _noise(candidates, ours)))
+    gains = {}
+    for name, part in further.items():
+        both = np.concatenate([parts, part[None]])
+        found = _regressed(blurred, both, np.append(noise, more[name]))
+        gains[name] = r_squared(blurred, both, found) - smooth
     return Responses(ratios, r_squared(images, smoothed(chem, prefilter), ratios), smooth, gains)
 
 
@@ -78,11 +83,13 @@ def warn(found: Responses, elements: tuple[str, ...], given: bool = False, stack
     """
     if found.r_squared_smooth >= ENOUGH:
         return
-    name = found.missing
-    likely = "most likely a heavy one (of the grid, a weld, a support)"
+    name, likely = found.missing, "most likely a heavy one (of the grid, a weld, a support)"
     if name:
         likely = f"most likely {name}, whose map would bring it to {found.r_squared_smooth + found.gains[name]:.2f}"
     cause = f"so that an element that scatters is not among them, {likely}; add its map, or crop it out of the field"
+    if name == LEVEL:
+        cause = (f"and would be {found.r_squared_smooth + found.gains[name]:.2f} with {LEVEL} where there is nothing; "
+                 "give it as data.haadf.background")
     if given:
         cause = "so that the ratios given are wrong; leave out solver.responses, and they are found by regression"
     warnings.warn(f"HAADF is not a weighted sum of the maps of {', '.join(elements)}: R^2 is "

@@ -276,6 +276,16 @@ def test_a_missing_element_is_noticed_and_named(small):
         reconstruct(whole, Settings(iterations=2))
 
 
+def test_a_level_of_the_detector_is_told_from_an_element(small):
+    """HAADF that is bright in vacuum is no sum of maps either; subtracted, it is."""
+    level = 0.5 * float(small.haadf.projections.max())
+    lifted = with_images(small, projections=small.haadf.projections + level)
+    with pytest.warns(DataWarning, match="give it as data.haadf.background"):
+        reconstruct(lifted, Settings(iterations=2))
+    told = with_images(lifted, background=level)
+    assert distance(reconstruct(told, Settings()).volume, reconstruct(small, Settings()).volume) < 1e-3
+
+
 def test_the_measured_particle_is_not_the_sum_of_its_minerals():
     """IDP: the lines of all elements make up the images; without platinum they do not, and platinum is named."""
     root = Path(__file__).parents[2] / "shared" / "data" / "idp_haadf_edx"

@@ -30,6 +30,15 @@ def test_core_and_shell_have_the_papers_fractions():
     assert (core | shell).sum() / (total > 0).sum() > 0.9  # the rest is shared between core and shell
 
 
+def test_a_profile_crosses_shell_core_and_shell():
+    for size, planes in ((97, 1), (48, 9)):
+        y, values = phantoms_hebt.profile(phantoms_hebt.fractions(phantoms_hebt.phantom(size, planes)))
+        gold = values[1]
+        assert values.shape == (2, size) and y[0] == -y[-1] and gold[0] == gold[-1] == 0
+        assert gold[np.abs(y + 4).argmin()] == pytest.approx(0.8, abs=1e-5)  # the core's middle, at y = -4 nm
+        assert all(gold[np.abs(y - place).argmin()] == pytest.approx(0.2, abs=1e-5) for place in (-38, 30))
+
+
 def test_one_specimen_at_every_size():
     masses = [phantoms_hebt.phantom(size).sum((1, 2, 3), dtype=float) / size**3 for size in (24, 48)]
     np.testing.assert_allclose(*masses, rtol=5e-3)
