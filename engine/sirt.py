@@ -11,8 +11,14 @@ the x_i is SIRT of the sum of the data at rate 1, every difference x_i - x_j SIR
 u / (u + k v), which for `row` is 1 - alpha. The images have no say in the differences, which settle 1 / (1 - alpha)
 times later than SIRT of the maps alone.
 
-`preconditioned` takes them out of alpha's hands: they have a rate of their own, and both channels go with Nesterov's
-momentum, n iterations of which do what about n^2 / 4 do without. The fixed point is the same.
+Least squares corrects all elements alike by what the images say, in units of HAADF, also one that is not there or
+hardly scatters, and of that one the counts then change most. `preconditioned` has shares p_i of it per voxel, which
+add up to 1, and a rate d of its own for what the elements have apart from that; g_c = sum_i W_c' R_c e_i:
+
+    x_i += d (W_c' R_c e_i - p_i g_c) / s_c + p_i (u g_c + k v W_h' R_h e_H) / (u s_c + k v s_h)
+
+Again the sum goes at rate 1. All channels have Nesterov's momentum, n iterations of which do what about n^2 / 4 do
+without. Data that agree have the same solution in both forms.
 """
 
 from __future__ import annotations
@@ -50,7 +56,8 @@ class Problem(NamedTuple):
     map_scale: Scale
     alpha: jax.Array
     relaxation: jax.Array
-    differences: jax.Array  # rate of the differences, `preconditioned`
+    differences: jax.Array  # d, preconditioned
+    shares: jax.Array  # p, (element, z, y, x), preconditioned
 
 
 class Kind(NamedTuple):
@@ -116,7 +123,8 @@ def step(problem: Problem, state: State, _: jax.Array, *, kind: Kind) -> tuple[S
     maps_error = problem.map_scale.rows * (problem.maps - signal)
     if kind.bimodal:
         image_error = problem.image_scale.rows * (problem.images - image)
-        x += problem.relaxation * (_shared if kind.shared else _separate)(problem, maps_error, image_error, kind)
+        together = _shared if kind.shared and not kind.preconditioned else _separate
+        x += problem.relaxation * together(problem, maps_error, image_error, kind)
     else:
         x += problem.relaxation * _back(problem, maps_error) / problem.map_scale.columns
     if kind.positive:
@@ -129,24 +137,22 @@ def step(problem: Problem, state: State, _: jax.Array, *, kind: Kind) -> tuple[S
 
 
 def _shared(problem: Problem, maps: jax.Array, images: jax.Array, kind: Kind) -> jax.Array:
-    """The update where both kinds have the same rays: one back projection per element."""
-    count = maps.shape[0]
-    u, v = weights(problem.alpha, count, kind.plain)
-    mean = maps.mean(0)
-    common = (u * mean + v * images) / (u + count * v)
-    rate = problem.differences if kind.preconditioned else u / (u + count * v)
-    return _back(problem, common + rate * (maps - mean)) / problem.map_scale.columns
+    """The paper's update where both kinds have the same rays: one back projection per element."""
+    u, v = weights(problem.alpha, maps.shape[0], kind.plain)
+    return _back(problem, u * maps + v * images) / ((u + maps.shape[0] * v) * problem.map_scale.columns)
 
 
 def _separate(problem: Problem, maps: jax.Array, images: jax.Array, kind: Kind) -> jax.Array:
-    """The update where they have not."""
+    """The update of either form, for any rays."""
     count = maps.shape[0]
     u, v = weights(problem.alpha, count, kind.plain)
     columns = u * problem.map_scale.columns + count * v * problem.image_scale.columns
     own, seen = _back(problem, maps), backproject(images, problem.image_rays, *columns.shape[:2])
-    mean = own.mean(0)
-    rate = problem.differences / problem.map_scale.columns if kind.preconditioned else u / columns
-    return rate * (own - mean) + (u * mean + v * seen) / columns
+    if not kind.preconditioned:
+        return (u * own + v * seen) / columns
+    whole = own.sum(0)
+    apart = problem.differences * (own - problem.shares * whole) / problem.map_scale.columns
+    return apart + problem.shares * (u * whole + count * v * seen) / columns
 
 
 def _back(problem: Problem, maps: jax.Array) -> jax.Array:

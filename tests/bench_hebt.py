@@ -16,7 +16,7 @@ NAMES = tuple(phantoms_hebt.ELEMENTS)
 LINES = physics.emissions(NAMES, phantoms_hebt.BEAM_KEV, phantoms_hebt.LINES)
 STOPS = (5, 10, 15, 20, 30, 40, 50, 70, 100, 150, 200)
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
-DOSES = {0.1: 12, 1.0: 20, 10.0: 40}  # of that with the paper's optima, and the iterations of the preconditioned form
+DOSES = {0.1: 10, 1.0: 20, 10.0: 40}  # of that with the paper's optima, and the iterations of the preconditioned form
 SIZE, PLANES, ITERATIONS, ASTRA_SLICES = 256, 256, 100, 2
 
 

@@ -157,7 +157,7 @@ def test_a_batch_is_its_members(small):
 def test_planes_do_not_know_each_other():
     """Without the filter along x a volume is its planes."""
     data = simulated(24, planes=4)
-    settings = Settings(prefilter=0.0, responses=(439.0, 446.0))
+    settings = Settings(form="paper", prefilter=0.0, responses=(439.0, 446.0))
     whole = reconstruct(data, settings).volume
     part = replace(data, chem=replace(data.chem, projections=data.chem.projections[..., 1:3]), truth=None,
                    haadf=replace(data.haadf, projections=data.haadf.projections[..., 1:3]), shape=(24, 24, 2))
