@@ -51,7 +51,9 @@ class Settings:
     sum, that is the shape, has then less time. 0.3 with alpha 0.8 and n = 20 is better than the paper's n = 200 at its
     counts (SSIM .982 / .981 against .978 / .980); with ten times fewer counts take n = 10, with ten times more 40.
     prefilter: [pixels] sigma of a Gaussian over the maps, along y and x. responses: by element, HAADF per count;
-    empty: by regression. relaxation: of SIRT's steps, below 2. positive: keeps x >= 0.
+    empty: by regression. tilts: whether maps are brought to one brightness over the tilts, since the holder hides the
+    detector at some, and how (`responses.tilt_factors`); the factors are a field of the solution, and what a solution
+    predicts of a map is to be divided by them. relaxation: of SIRT's steps, below 2. positive: keeps x >= 0.
     """
 
     method: Literal["hebt", "eds", "haadf"] = "hebt"
@@ -62,6 +64,7 @@ class Settings:
     iterations: int = 20
     prefilter: float = 0.8
     responses: tuple[float, ...] | list[float] = ()
+    tilts: Literal["as_measured", "equal", "haadf"] = "as_measured"
     relaxation: float = 1.0
     positive: bool = True
     devices: int = 1
@@ -100,7 +103,9 @@ def reconstruct_batch(data: MultiModal, settings: Sequence[Settings], *, checkpo
         raise ValueError(f"settings of one batch may differ in {', '.join(BATCHED)} alone")
     for each in settings:
         _check(data, each)
-    slabs = first.devices
+    slabs, factors = first.devices, responses.tilt_factors(data, first.tilts)
+    if first.tilts != "as_measured":
+        data, candidates = responses.scaled(data, factors), candidates and responses.scaled_maps(candidates, factors)
     ready = _prepare(data, first, held_out, candidates)
     numbers: dict[str, Any] = {name: jnp.asarray([getattr(each, name) for each in settings], jnp.float32)
                                for name in BATCHED}
@@ -121,8 +126,8 @@ def reconstruct_batch(data: MultiModal, settings: Sequence[Settings], *, checkpo
 
     run = solve(advance, problem, begun, first.iterations, devices=slabs, axes=axes, checkpoints=checkpoints,
                 observe=observed, keep=keep)
-    found = _metrics(data, ready)
-    return [_solution(outcome, volume(outcome.state.x), found) for outcome in outcomes(run, slabs)]
+    found, fields = _metrics(data, ready), {"tilt_factors": factors} if first.tilts != "as_measured" else {}
+    return [_solution(outcome, volume(outcome.state.x), found, fields) for outcome in outcomes(run, slabs)]
 
 
 def scattering(solution: Solution, elements: Sequence[str]) -> np.ndarray:
@@ -232,10 +237,10 @@ def _metrics(data: MultiModal, ready: _Prepared) -> dict[str, Any]:
     return metrics
 
 
-def _solution(outcome: Any, volume: np.ndarray, metrics: dict[str, Any]) -> Solution:
+def _solution(outcome: Any, volume: np.ndarray, metrics: dict[str, Any], fields: dict[str, np.ndarray]) -> Solution:
     history = {name: outcome.history[:, k] for k, name in enumerate(TERMS)}
     return Solution(volume, history, outcome.status, outcome.ok and bool(np.isfinite(volume).all()),
-                    {"iterations": outcome.iterations, "cost": float(history["total"][-1])} | metrics)
+                    {"iterations": outcome.iterations, "cost": float(history["total"][-1])} | metrics, fields)
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,10 @@ from engine.data import DataError, DataWarning, MultiModal, TiltSeries
 
 SMOOTHING = 2.0  # [pixels] of the Gaussian over images and maps before the regression: single counts tell nothing
 ENOUGH = 0.8  # R^2 of the smoothed data below which an element is likely to be missing
-LEVEL = "a level"
+ROUNDS = 5  # of response ratios and tilt factors in turn
+LEVEL, TILTS = "a level where there is nothing", "a factor for each tilt"
+OTHERS = {LEVEL: "give it as data.haadf.background",
+          TILTS: "the holder hides the detector at some, so take solver.tilts: haadf"}
 SAME = 0.05  # [deg] between the angles of an image and a map that go together
 FLOOR = 1e-3  # of the largest contribution: an element that HAADF does not see keeps that much
 
@@ -27,7 +30,8 @@ class Responses:
 
     r_squared: of images as measured against maps smoothed as the solver's are; what HEBT quotes. r_squared_smooth: of
     both after the regression's own smoothing, which is what noise leaves; that one tells whether elements are missing.
-    gains: for each candidate, how much it adds to r_squared_smooth; LEVEL is HAADF where there is nothing.
+    gains: for each candidate, how much it adds to r_squared_smooth; LEVEL is HAADF where there is nothing, TILTS a
+    factor of the maps at each tilt.
     """
 
     values: np.ndarray
@@ -37,9 +41,9 @@ class Responses:
 
     @property
     def missing(self) -> str | None:
-        """The candidate that explains most of what is left: an element, a tenth or more; a level, over half."""
+        """The candidate that explains most of what is left: an element, a tenth of it; others, half."""
         left = 1 - self.r_squared_smooth
-        able = {name: gain for name, gain in self.gains.items() if gain > (0.5 if name == LEVEL else 0.1) * left}
+        able = {name: gain for name, gain in self.gains.items() if gain > (0.5 if name in OTHERS else 0.1) * left}
         return max(able, key=lambda name: able[name], default=None)
 
 
@@ -73,6 +77,9 @@ def fit(data: MultiModal, *, prefilter: float = 0.0, without: tuple[int, ...] = 
         both = np.concatenate([parts, part[None]])
         found = _regressed(blurred, both, np.append(noise, more[name]))
         gains[name] = r_squared(blurred, both, found) - smooth
+    model = np.tensordot(ratios, parts, 1)
+    by_tilt = (model * blurred).sum((1, 2)) / np.maximum((model**2).sum((1, 2)), 1e-300)
+    gains[TILTS] = r_squared(blurred, (by_tilt[:, None, None] * model)[None], np.ones(1)) - smooth
     return Responses(ratios, r_squared(images, smoothed(chem, prefilter), ratios), smooth, gains)
 
 
@@ -87,13 +94,52 @@ def warn(found: Responses, elements: tuple[str, ...], given: bool = False, stack
     if name:
         likely = f"most likely {name}, whose map would bring it to {found.r_squared_smooth + found.gains[name]:.2f}"
     cause = f"so that an element that scatters is not among them, {likely}; add its map, or crop it out of the field"
-    if name == LEVEL:
-        cause = (f"and would be {found.r_squared_smooth + found.gains[name]:.2f} with {LEVEL} where there is nothing; "
-                 "give it as data.haadf.background")
+    if name in OTHERS:
+        cause = f"and would be {found.r_squared_smooth + found.gains[name]:.2f} with {name}; {OTHERS[name]}"
     if given:
         cause = "so that the ratios given are wrong; leave out solver.responses, and they are found by regression"
     warnings.warn(f"HAADF is not a weighted sum of the maps of {', '.join(elements)}: R^2 is "
                   f"{found.r_squared_smooth:.2f} after smoothing, {cause}", DataWarning, stacklevel=stacklevel)
+
+
+def tilt_factors(data: MultiModal, how: str) -> np.ndarray:
+    """(element, tilt) by which maps are multiplied, since the holder hides the detector at some tilts.
+
+    `equal`: to one total of each element (HEBT 3.2.1; T. Slater et al., J. Phys. Conf. Ser. 522 (2014) 012025), for a
+    specimen that never leaves the field. `haadf`: to what HAADF shows at each tilt, one factor for all elements, which
+    suits slabs too; tilts without an image have those of their neighbours. `as_measured`: 1.
+    """
+    factors = np.ones(data.chem.projections.shape[:2])
+    totals = _net(data.chem).sum((2, 3), dtype=np.float64)
+    if how == "equal":
+        if not (totals > 0).all():
+            empty, tilt = np.argwhere(totals <= 0)[0]
+            raise DataError(f"{data.chem.elements[empty]} has no counts above its background at "
+                            f"{data.chem.angles[tilt]:g} degrees; take tilts: haadf")
+        return totals.mean(1, keepdims=True) / totals
+    if how == "haadf":
+        ours, theirs = common(data)
+        if not ours.size or data.haadf is None:
+            raise DataError("tilts: haadf needs maps at the angles of HAADF images; take tilts: equal")
+        shown, order = _net(data.haadf)[0][theirs].sum((1, 2), dtype=np.float64), np.argsort(data.chem.angles[ours])
+        for _ in range(ROUNDS):
+            expected = fit(scaled(data, factors)).values @ (factors * totals)[:, ours]
+            ratio = shown / np.maximum(expected, 1e-9 * expected.max())
+            every = np.interp(data.chem.angles, data.chem.angles[ours][order], (ratio / ratio.mean())[order])
+            factors = factors * every
+    return factors
+
+
+def scaled(data: MultiModal, factors: np.ndarray) -> MultiModal:
+    """The same with its maps and their background multiplied, (element, tilt)."""
+    return replace(data, chem=scaled_maps(data.chem, factors))
+
+
+def scaled_maps(series: TiltSeries, factors: np.ndarray) -> TiltSeries:
+    """Maps and their background times (element, tilt) factors; maps of other elements than those, times their mean."""
+    by = (factors if len(factors) == len(series.elements) else factors.mean(0, keepdims=True))[:, :, None, None]
+    background = np.broadcast_to(series.background, series.projections.shape) * by
+    return replace(series, projections=series.projections * by, background=background)
 
 
 def r_squared(images: np.ndarray, parts: np.ndarray, values: np.ndarray) -> float:

@@ -21,13 +21,15 @@ COLLECTED = 0.05  # of the elastically scattered electrons: half as many as arri
 def bimodal(truth: np.ndarray, lines: Sequence[Emission], *, pixel_size: float, chem_angles: np.ndarray,
             haadf_angles: np.ndarray | None = None, dose: float = DOSE, haadf_dose: float = HAADF_DOSE,
             solid_angle: float = SOLID_ANGLE, efficiency: float | Sequence[float] = 1.0, collected: float = COLLECTED,
-            background: float = 0.0, noise: bool = True, seed: int | list[int] = 0) -> MultiModal:
+            visible: np.ndarray | float = 1.0, background: float = 0.0, noise: bool = True,
+            seed: int | list[int] = 0) -> MultiModal:
     """HAADF images and X-ray maps, in counts, of partial densities `truth` (element, z, y, x) [g/cm^3].
 
     lines: of each element. pixel_size: [nm]. haadf_angles [deg]: those of the maps by default.
     dose, haadf_dose: electrons per pixel and tilt. solid_angle: [sr]. efficiency: of the detector, for each line.
-    collected: share of the elastically scattered electrons on the HAADF detector. background: flat and known, in
-    counts per pixel of the maps. noise: Poisson, or none. Both signals are linear: thin films, scattered once.
+    collected: share of the elastically scattered electrons on the HAADF detector. visible: share of the X-ray detector
+    that the holder does not hide, (tilt,). background: flat and known, in counts per pixel of the maps. noise: Poisson,
+    or none. Both signals are linear: thin films, scattered once.
     """
     if len(lines) != len(truth):
         raise DataError(f"{len(lines)} lines for {len(truth)} elements; give one each")
@@ -38,7 +40,8 @@ def bimodal(truth: np.ndarray, lines: Sequence[Emission], *, pixel_size: float, 
     sensitivity = np.array([dose * solid_angle / (4 * np.pi) * per_voxel * line.f(float(e))
                             for line, e in zip(lines, found)])
     scattered = haadf_dose * collected * per_voxel * np.array([line.z for line in lines])
-    maps = clean_projections(truth, chem_angles, truth.shape[2]) * _column(sensitivity) + background
+    seen = np.broadcast_to(np.asarray(visible, float), chem_angles.shape)[:, None, None]
+    maps = seen * clean_projections(truth, chem_angles, truth.shape[2]) * _column(sensitivity) + background
     images = clean_projections(truth, haadf_angles, truth.shape[2]) * _column(scattered)
     images = images.sum(0, keepdims=True)
     if noise:
