@@ -30,8 +30,8 @@ class Responses:
 
     r_squared: of images as measured against maps smoothed as the solver's are; what HEBT quotes. r_squared_smooth: of
     both after the regression's own smoothing, which is what noise leaves; that one tells whether elements are missing.
-    gains: for each candidate, how much it adds to r_squared_smooth; LEVEL is HAADF where there is nothing, TILTS a
-    factor of the maps at each tilt.
+    gains: where that is low, or candidates are given: how much each adds to it; LEVEL is HAADF where there is nothing,
+    TILTS a factor of the maps at each tilt.
     """
 
     values: np.ndarray
@@ -67,19 +67,17 @@ def fit(data: MultiModal, *, prefilter: float = 0.0, without: tuple[int, ...] = 
     blurred = smoothed(images, SMOOTHING)
     parts, noise = smoothed(chem, SMOOTHING), _noise(data.chem, ours)
     ratios = _regressed(blurred, parts, noise) if values is None else np.asarray(values, np.float64)
-    smooth = r_squared(blurred, parts, ratios)
-    further, more = {LEVEL: np.ones(blurred.shape)}, {LEVEL: 0.0}
-    if candidates is not None:
-        further |= dict(zip(candidates.elements, smoothed(_net(candidates)[:, ours], SMOOTHING)))
-        more |= dict(zip(candidates.elements, _noise(candidates, ours)))
-    gains = {}
-    for name, part in further.items():
-        both = np.concatenate([parts, part[None]])
-        found = _regressed(blurred, both, np.append(noise, more[name]))
-        gains[name] = r_squared(blurred, both, found) - smooth
-    model = np.tensordot(ratios, parts, 1)
-    by_tilt = (model * blurred).sum((1, 2)) / np.maximum((model**2).sum((1, 2)), 1e-300)
-    gains[TILTS] = r_squared(blurred, (by_tilt[:, None, None] * model)[None], np.ones(1)) - smooth
+    smooth, gains = r_squared(blurred, parts, ratios), {}
+    if smooth < ENOUGH or candidates is not None:
+        further, more = {LEVEL: np.ones(blurred.shape)}, {LEVEL: 0.0}
+        if candidates is not None:
+            further |= dict(zip(candidates.elements, smoothed(_net(candidates)[:, ours], SMOOTHING)))
+            more |= dict(zip(candidates.elements, _noise(candidates, ours)))
+        for name, part in further.items():
+            both = np.concatenate([parts, part[None]])
+            found = _regressed(blurred, both, np.append(noise, more[name]))
+            gains[name] = r_squared(blurred, both, found) - smooth
+        gains[TILTS] = _by_tilt(blurred, np.tensordot(ratios, parts, 1)) - smooth
     return Responses(ratios, r_squared(images, smoothed(chem, prefilter), ratios), smooth, gains)
 
 
@@ -147,6 +145,12 @@ def r_squared(images: np.ndarray, parts: np.ndarray, values: np.ndarray) -> floa
     images = np.asarray(images, np.float64)
     left = images - np.tensordot(values, np.asarray(parts, np.float64), 1)
     return float(1 - (left**2).sum() / max(((images - images.mean()) ** 2).sum(), 1e-300))
+
+
+def _by_tilt(images: np.ndarray, model: np.ndarray) -> float:
+    """R^2 with the factor of the modelled images that suits each tilt best."""
+    factor = (model * images).sum((1, 2)) / np.maximum((model**2).sum((1, 2)), 1e-300)
+    return r_squared(images, (factor[:, None, None] * model)[None], np.ones(1))
 
 
 def smoothed(stack: np.ndarray, sigma: float) -> np.ndarray:
