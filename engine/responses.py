@@ -51,8 +51,8 @@ def fit(data: MultiModal, *, prefilter: float = 0.0, without: tuple[int, ...] = 
         candidates: TiltSeries | None = None, values: Sequence[float] | np.ndarray | None = None) -> Responses:
     """Non-negative least squares over all pixels of the tilts that both have.
 
-    Noise in the maps, the regressors, would bring the ratios down and share them out wrongly (1 count per pixel: by a
-    half). Maps and images are smoothed alike, and what noise is left is taken off the squares: of counts it is known.
+    Noise in the maps, the regressors, would bring the ratios down and share them out wrongly. Maps and images are
+    smoothed alike, and what noise is left is taken off the squares: of counts it is known.
     prefilter: [pixels] as the solver's. without: tilts of the maps that are not looked at. candidates: maps of further
     elements, at the same angles as `data.chem`. values: ratios that are known, so that only R^2 is found. DataError
     where images and maps have no tilt in common.

@@ -29,9 +29,10 @@ def solve(maps, images, alpha, relaxation, rays, kind, shares=0.0):
     problem = Problem(images, maps, rays if kind.bimodal else Geometry(jnp.zeros(0), jnp.zeros(0)), rays,
                       scale if kind.bimodal else none, scale, jnp.float64(alpha), jnp.float64(relaxation),
                       jnp.float64(RATE), shares)
-    state, _ = sirt.start(problem, kind)
+    begin, advance = map(jax.jit, sirt.solver(kind))
+    state, _ = begin(problem)
     for k in range(STEPS):
-        state, _, _ = sirt.step(problem, state, k, kind=kind)
+        state, _, _ = advance(problem, state, k)
     assert state.x.dtype == jnp.float64
     return np.asarray(state.x)
 
