@@ -106,8 +106,10 @@ def fated(message: Message) -> dict[str, Any]:
 
 @each
 def paced(message: Message) -> dict[str, Any]:
-    """The landscape, slow enough to be killed in."""
+    """The landscape, slow enough to be killed in, and no sooner than the file `hold` beside the run folder is gone."""
     time.sleep(0.03)
+    while Path(message["folder"]).with_name("hold").exists():
+        time.sleep(0.01)
     return _landscape(message)
 
 
