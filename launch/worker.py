@@ -76,7 +76,7 @@ def ignore_signals() -> None:
 
 
 def serve(evaluate: str) -> None:
-    """A line of JSON in, a line of JSON out; end of input means to leave at once, whatever is running."""
+    """A line of JSON in, a line of JSON out; end of either pipe means to leave at once, whatever is running."""
     ignore_signals()
     inbox: queue.SimpleQueue[str] = queue.SimpleQueue()
     # What the evaluation prints must not get among the results: file descriptor 1 becomes the log.
@@ -93,7 +93,10 @@ def serve(evaluate: str) -> None:
     function = load(evaluate)
     reply = "ready"
     while True:
-        print(reply, file=channel, flush=True)
+        try:
+            print(reply, file=channel, flush=True)
+        except BrokenPipeError:  # the coordinator has gone: nothing to put into a log
+            os._exit(0)
         reply = answer(function, inbox.get())
 
 

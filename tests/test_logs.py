@@ -1,11 +1,13 @@
 """Logs that many workers share: no line is torn, and each says which trial it is about."""
 
+import os
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from launch.process import module
 from tests.contract import answers, batch, local, message
 from tests.test_workers import needs_mpi, ranks
 
@@ -43,6 +45,18 @@ def test_a_traceback_names_its_trial_on_every_line(tmp_path):
     assert lines[start] == "all-2 | Traceback (most recent call last):"
     assert any(line == "all-2 | ValueError: lambda_tv" for line in lines)
     assert any(line.startswith("all-0 all-6 | ") for line in lines)
+
+
+def test_a_worker_whose_coordinator_left_before_it_was_ready_leaves_without_a_word(tmp_path):
+    command, path = module("launch.worker", "--evaluate", "tests.evaluators:ill")
+    reader, writer = os.pipe()
+    os.close(reader)  # the coordinator's end; standard input stays open, so that nothing else sends it home
+    pipes = {"stdin": subprocess.PIPE, "stdout": writer}
+    with open(tmp_path / "log", "wb") as log, subprocess.Popen(command, env={**os.environ, **path}, stderr=log,
+                                                               **pipes) as worker:
+        os.close(writer)
+        assert worker.wait(60) == 0
+    assert (tmp_path / "log").read_text() == ""
 
 
 @needs_mpi
