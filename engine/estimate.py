@@ -50,24 +50,38 @@ def measured(page: str, kind: str) -> list[Measured]:
 
 
 def solve(*, system: str, method: str, elements: int, shape: tuple[int, int, int], haadf_tilts: int, chem_tilts: int,
-          iterations: int, inner: int, coarse: int = 0, dual_bits: int = 32, devices: int = 1,
+          iterations: int, inner: int, coarse: int = 0, dual_bits: int = 32, momentum: bool = False, devices: int = 1,
           gpu: Sequence[Measured] = (), core: Sequence[Measured] = ()) -> Estimate:
     """An estimate of one solve. shape: (nz, ny, nx) voxels. haadf_tilts 0: conventional. inner 0: without TV.
 
-    coarse: iterations at each coarser size before. dual_bits: of TV's dual numbers. devices: over how many it is
-    spread; the bytes are those of one of them, the seconds those of all together.
+    coarse: iterations at each coarser size before. dual_bits: of TV's dual numbers. momentum: of hebt, whether it has
+    (its form `preconditioned`). devices: over how many it is spread; the bytes are those of one of them, the seconds
+    those of all together.
     gpu, core: solves measured on such machines; the nearest in size is scaled by the work. Without any, the seconds
     come from a model of the hardware. Raises ValueError for a system that is not built.
     """
-    if system not in ("fused3d", "fused2d"):
-        raise ValueError(f"no estimate for system {system}; built: fused3d, fused2d")
-    nz, ny, nx = shape if system == "fused3d" else (1, *shape[1:])
+    if system not in ("fused3d", "fused2d", "hebt"):
+        raise ValueError(f"no estimate for system {system}; built: fused3d, fused2d, hebt")
+    nz, ny, nx = (1, *shape[1:]) if system == "fused2d" else shape
     fused, levels = method == "fused", halvings(nz, ny)
     width = nx if devices == 1 else slab_width(nx, devices, levels)
     voxels, plane = nz * ny * width, ny * width
     volumes = elements * voxels
     images, maps = bucket(haadf_tilts) * plane if haadf_tilts else 0, elements * bucket(chem_tilts) * plane
-    memory = {
+    memory = (_sirt_bytes(volumes, voxels, images, maps, method, momentum) if system == "hebt"
+              else _fused_bytes(volumes, voxels, images, maps, method, inner, dual_bits))
+    now = {"elements": elements, "voxels": nz * ny * nx, "haadf": haadf_tilts, "chem": chem_tilts, "inner": inner}
+    # A coarser iteration has an eighth of the work.
+    full = iterations + (coarse * sum(8.0**-k for k in range(1, levels + 1)) if fused else 0)
+    seconds = [full * _iteration(rows, default, **now) for rows, default in ((gpu, _GPU_NS), (core, _CORE_NS))]
+    return Estimate({name: _SINGLE * count for name, count in memory.items() if count}, *seconds)
+
+
+def _fused_bytes(volumes: int, voxels: int, images: int, maps: int, method: str, inner: int,
+                 dual_bits: int) -> dict[str, int]:
+    """Numbers that the losses' solvers keep, by what they are."""
+    fused = method == "fused"
+    return {
         "start, volume" + (", best volume" if fused else ", extrapolated volume" if inner else ""):
             (3 if fused or inner else 2) * volumes,
         "TV duals": 3 * volumes * dual_bits // 32 if inner else 0,
@@ -76,11 +90,18 @@ def solve(*, system: str, method: str, elements: int, shape: tuple[int, int, int
         "maps, their projections and duals": (4 if fused else 1) * maps,
         "working memory of a step": int(_WORKING[method] * volumes) + (3 * maps if fused else 0),
     }
-    now = {"elements": elements, "voxels": nz * ny * nx, "haadf": haadf_tilts, "chem": chem_tilts, "inner": inner}
-    # A coarser iteration has an eighth of the work.
-    full = iterations + (coarse * sum(8.0**-k for k in range(1, levels + 1)) if fused else 0)
-    seconds = [full * _iteration(rows, default, **now) for rows, default in ((gpu, _GPU_NS), (core, _CORE_NS))]
-    return Estimate({name: _SINGLE * count for name, count in memory.items() if count}, *seconds)
+
+
+def _sirt_bytes(volumes: int, voxels: int, images: int, maps: int, method: str, momentum: bool) -> dict[str, int]:
+    """Numbers that SIRT keeps. With momentum there is the iteration before; a step works on a second set of all."""
+    times = 4 if momentum else 2
+    return {
+        "volumes": times * volumes,
+        "shares of the elements": volumes if momentum and method == "hebt" else 0,
+        "HAADF images and their projections": (times + 1) * images,
+        "maps and their projections": (times + 1) * maps,
+        "back projection of HAADF": voxels if method == "hebt" else 0,
+    }
 
 
 def _iteration(rows: Sequence[Measured], costs: dict[str, float], **now: int) -> float:

@@ -29,7 +29,8 @@ class Responses:
     """values: (element,) HAADF per count, per unit of each map.
 
     r_squared: of images as measured against maps smoothed as the solver's are; what HEBT quotes. r_squared_smooth: of
-    both after the regression's own smoothing, which is what noise leaves; that one tells whether elements are missing.
+    both after the regression's own smoothing, less what noise then still adds; that one tells whether elements are
+    missing.
     gains: where that is low, or candidates are given: how much each adds to it; LEVEL is HAADF where there is nothing,
     TILTS a factor of the maps at each tilt.
     """
@@ -67,7 +68,7 @@ def fit(data: MultiModal, *, prefilter: float = 0.0, without: tuple[int, ...] = 
     blurred = smoothed(images, SMOOTHING)
     parts, noise = smoothed(chem, SMOOTHING), _noise(data.chem, ours)
     ratios = _regressed(blurred, parts, noise) if values is None else np.asarray(values, np.float64)
-    smooth, gains = r_squared(blurred, parts, ratios), {}
+    smooth, gains = r_squared(blurred, parts, ratios, noise), {}
     if smooth < ENOUGH or candidates is not None:
         further, more = {LEVEL: np.ones(blurred.shape)}, {LEVEL: 0.0}
         if candidates is not None:
@@ -76,8 +77,8 @@ def fit(data: MultiModal, *, prefilter: float = 0.0, without: tuple[int, ...] = 
         for name, part in further.items():
             both = np.concatenate([parts, part[None]])
             found = _regressed(blurred, both, np.append(noise, more[name]))
-            gains[name] = r_squared(blurred, both, found) - smooth
-        gains[TILTS] = _by_tilt(blurred, np.tensordot(ratios, parts, 1)) - smooth
+            gains[name] = r_squared(blurred, both, found, np.append(noise, more[name])) - smooth
+        gains[TILTS] = _by_tilt(blurred, np.tensordot(ratios, parts, 1), ratios**2 @ noise) - smooth
     return Responses(ratios, r_squared(images, smoothed(chem, prefilter), ratios), smooth, gains)
 
 
@@ -140,17 +141,21 @@ def scaled_maps(series: TiltSeries, factors: np.ndarray) -> TiltSeries:
     return replace(series, projections=series.projections * by, background=background)
 
 
-def r_squared(images: np.ndarray, parts: np.ndarray, values: np.ndarray) -> float:
-    """Share of the images' variance that the weighted sum of the maps explains."""
+def r_squared(images: np.ndarray, parts: np.ndarray, values: np.ndarray, noise: np.ndarray | float = 0.0) -> float:
+    """Share of the images' variance that the weighted sum of the maps explains.
+
+    noise: (element,) what it adds to the squares of the maps; so much is not held against them.
+    """
     images = np.asarray(images, np.float64)
     left = images - np.tensordot(values, np.asarray(parts, np.float64), 1)
-    return float(1 - (left**2).sum() / max(((images - images.mean()) ** 2).sum(), 1e-300))
+    unexplained = max((left**2).sum() - (np.asarray(values) ** 2 * noise).sum(), 0.0)
+    return float(1 - unexplained / max(((images - images.mean()) ** 2).sum(), 1e-300))
 
 
-def _by_tilt(images: np.ndarray, model: np.ndarray) -> float:
-    """R^2 with the factor of the modelled images that suits each tilt best."""
+def _by_tilt(images: np.ndarray, model: np.ndarray, noise: float) -> float:
+    """R^2 with the factor of the modelled images that suits each tilt best; noise: of the model."""
     factor = (model * images).sum((1, 2)) / np.maximum((model**2).sum((1, 2)), 1e-300)
-    return r_squared(images, (factor[:, None, None] * model)[None], np.ones(1))
+    return r_squared(images, (factor[:, None, None] * model)[None], np.ones(1), noise)
 
 
 def smoothed(stack: np.ndarray, sigma: float) -> np.ndarray:

@@ -7,15 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.data import DataError, MultiModal, TiltSeries
+from engine.phantoms_hebt import COLLECTED, DOSE, HAADF_DOSE, SOLID_ANGLE
 from engine.physics import AVOGADRO, Emission, atomic_number
 from engine.simulate import clean_projections
-
-# HEBT states 3.121e8 electrons per pixel for EDS (0.5 s at 100 pA) and 1e5 for HAADF. With Table 2 and the solid angle
-# times efficiency that its response ratios imply, 0.4 sr, that dose would give ten times the 35 (Ag) and 28 (Au) counts
-# per pixel of the object at which its optima appear. That dose is therefore one tenth of the paper's.
-DOSE, HAADF_DOSE = 3.121e7, 1e5
-SOLID_ANGLE = 0.4  # [sr], times efficiency
-COLLECTED = 0.05  # of the elastically scattered electrons: half as many as arrive, where it is thickest
 
 
 def bimodal(truth: np.ndarray, lines: Sequence[Emission], *, pixel_size: float, chem_angles: np.ndarray,
@@ -25,7 +19,7 @@ def bimodal(truth: np.ndarray, lines: Sequence[Emission], *, pixel_size: float, 
             seed: int | list[int] = 0) -> MultiModal:
     """HAADF images and X-ray maps, in counts, of partial densities `truth` (element, z, y, x) [g/cm^3].
 
-    lines: of each element. pixel_size: [nm]. haadf_angles [deg]: those of the maps by default.
+    lines: of each element. pixel_size: [nm]. haadf_angles [deg]: those of the maps by default; empty: no images.
     dose, haadf_dose: electrons per pixel and tilt. solid_angle: [sr]. efficiency: of the detector, for each line.
     collected: share of the elastically scattered electrons on the HAADF detector. visible: share of the X-ray detector
     that the holder does not hide, (tilt,). background: flat and known, in counts per pixel of the maps. noise: Poisson,
@@ -42,14 +36,17 @@ def bimodal(truth: np.ndarray, lines: Sequence[Emission], *, pixel_size: float, 
     scattered = haadf_dose * collected * per_voxel * np.array([line.z for line in lines])
     seen = np.broadcast_to(np.asarray(visible, float), chem_angles.shape)[:, None, None]
     maps = seen * clean_projections(truth, chem_angles, truth.shape[2]) * _column(sensitivity) + background
-    images = clean_projections(truth, haadf_angles, truth.shape[2]) * _column(scattered)
-    images = images.sum(0, keepdims=True)
+    images = np.zeros((1, 0, *maps.shape[2:]))
+    if haadf_angles.size:
+        images = (clean_projections(truth, haadf_angles, truth.shape[2]) * _column(scattered)).sum(0, keepdims=True)
     if noise:
         maps, images = (np.random.default_rng([k, *np.atleast_1d(seed)]).poisson(np.maximum(clean, 0))
                         for k, clean in enumerate((maps, images), 1))
     names = tuple(line.element for line in lines)
     chem = TiltSeries(maps, chem_angles, names, pixel_size, "counts", background)
-    haadf = TiltSeries(images, haadf_angles, ("HAADF",), pixel_size, "counts")
+    haadf = None
+    if haadf_angles.size:
+        haadf = TiltSeries(images, haadf_angles, ("HAADF",), pixel_size, "counts", noise=np.sqrt(images.mean()))
     return MultiModal(chem, haadf, tuple(atomic_number(name) for name in names), truth.shape[1:], sensitivity, truth)
 
 

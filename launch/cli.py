@@ -304,7 +304,9 @@ def numbers(text: str, option: str, count: int | None = None) -> list[float]:
 @app.command(short_help="Write a commented YAML to start from.")
 @sentences
 def init(
-    system: Annotated[str, typer.Argument(metavar="SYSTEM", help="What reconstructs: fused3d.")] = "fused3d",
+    system: Annotated[
+        str, typer.Argument(metavar="SYSTEM", help="What reconstructs: fused3d, fused2d or hebt.")
+    ] = "fused3d",
     measured: Annotated[
         bool, typer.Option("--measured", help="For tilt series in files, instead of a phantom.")
     ] = False,

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 from engine import estimate
 from engine.estimate import size
 from launch import devices, resources
-from sweeps import grid
+from sweeps import grid, needs
 from sweeps.fields import ends
 from sweeps.grid import Cell
+from sweeps.rules import elements
 from sweeps.settings import Sweep, get, tunables
 from sweeps.sources import Measured
-from sweeps.tables import CONVENTIONAL, shown, title
+from sweeps.tables import shown, title
 
 if TYPE_CHECKING:
     from engine.measured import Recording
@@ -138,20 +139,15 @@ def _cost(cell: Cell, extent: Extent) -> Cost:
     memory: dict[str, int] = {}
     gpu = core = 0.0
     for params, count in planned:
-        method = params.get("solver.method", sweep.solver.method)
-        iterations = params.get("solver.iterations", sweep.solver.iterations)
-        solve = estimate.solve(
-            system=sweep.system,
-            method=method,
+        method, iterations = params.get("solver.method", ""), params.get("solver.iterations", 0)
+        solve = needs.solve(
+            sweep,
             elements=len(extent.elements),
             shape=extent.shape,
-            haadf_tilts=0 if method in CONVENTIONAL else extent.haadf,
+            haadf_tilts=extent.haadf,
             chem_tilts=extent.chem,
+            method=method,
             iterations=iterations,
-            inner=0 if method in ("ml", "sirt") else max(ends(sweep.solver.inner)),
-            coarse=sweep.solver.coarse,
-            dual_bits=sweep.solver.dual_bits,
-            devices=sweep.solver.devices,
             gpu=gpu_rows,
             core=core_rows,
         )
@@ -173,7 +169,7 @@ def _extent(sweep: Sweep, opened: dict[str, tuple[Extent, list[str]]]) -> tuple[
 
     opened: what is known of measured data already, since the cells of a sweep mostly share it.
     """
-    from engine.phantoms import ELEMENTS, FIELD_NM
+    from sweeps import stages
 
     data = sweep.data
     if isinstance(data, Measured):
@@ -181,11 +177,8 @@ def _extent(sweep: Sweep, opened: dict[str, tuple[Extent, list[str]]]) -> tuple[
         if key not in opened:
             opened[key] = _measured(sweep, data)
         return opened[key]
-    size = data.size
-    depth = 1 if sweep.system == "fused2d" else size
-    return Extent(
-        tuple(ELEMENTS[data.phantom]), (depth, size, size), data.haadf_tilts, data.chem_tilts, FIELD_NM / size
-    ), []
+    return Extent(elements(sweep), stages.extent(data), data.haadf_tilts, data.chem_tilts,
+                  stages.voxel(data)), []
 
 
 def _measured(sweep: Sweep, data: Measured) -> tuple[Extent, list[str]]:

@@ -1,4 +1,4 @@
-"""What a YAML need not say: levels of noise as in the papers, and what fused2d takes instead of fused3d's defaults."""
+"""What a YAML need not say: levels of noise as in the papers, and what systems take instead of fused3d's defaults."""
 
 from __future__ import annotations
 

@@ -71,6 +71,19 @@ def _weight(value: Any) -> Any:
     return value
 
 
+def _not_negative(value: Any) -> Any:
+    if min(ends(value)) < 0:
+        raise ValueError(f"must be at least 0, not {min(ends(value)):g}")
+    return value
+
+
+def _share(value: Any) -> Any:
+    """A share between 0 and 1, or a range of it."""
+    if not all(0 <= end <= 1 for end in ends(value)):
+        raise ValueError(f"is a share, from 0 to 1, not {', '.join(f'{end:g}' for end in ends(value))}")
+    return value
+
+
 def power(value: Any) -> Any:
     """A power of Z x between 1 and 2, or a range of it."""
     if value is not None and not all(1 <= end <= 2 for end in ends(value)):
@@ -140,8 +153,9 @@ def unless(word: str) -> BeforeValidator:
     return BeforeValidator(lambda value: None if value == word else value)
 
 
-TAGS = ("<a number>", "<a word>", "<a list>", "<a mapping>", "<nothing>", "<Phantom>", "<Measured>")
-NUMBER, WORD, LIST, MAPPING, NOTHING, PHANTOM, MEASURED = map(Tag, TAGS)
+TAGS = ("<a number>", "<a word>", "<a list>", "<a mapping>", "<nothing>", "<Phantom>", "<Particle>", "<Measured>",
+        "<Fused3D>", "<Hebt>")
+NUMBER, WORD, LIST, MAPPING, NOTHING, PHANTOM, PARTICLE, MEASURED, FUSED3D, HEBT = map(Tag, TAGS)
 BY_SHAPE = Discriminator(tag)
 PAIR = Field(min_length=2, max_length=2)
 
@@ -149,6 +163,8 @@ Tunable = Annotated[Annotated[float, NUMBER] | Annotated[Range[float], MAPPING],
 WholeTunable = Annotated[Annotated[int, NUMBER] | Annotated[Range[int], MAPPING], BY_SHAPE]
 Auto = Annotated[Annotated[int, Field(ge=1), NUMBER] | Annotated[Literal["auto"], WORD], BY_SHAPE]
 Weight = Annotated[Tunable, AfterValidator(_weight)]
+Share = Annotated[Tunable, AfterValidator(_share)]
+NotNegative = Annotated[Tunable, AfterValidator(_not_negative)]
 Interval = Annotated[list[int], PAIR, AfterValidator(_interval)]
 TiltRange = Annotated[list[float], PAIR, AfterValidator(_tilt_range)]
 Degrees = Annotated[list[float], Field(min_length=1), AfterValidator(_degrees)]

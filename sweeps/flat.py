@@ -16,6 +16,7 @@ from engine.files import read_array
 from sweeps.grid import Cell
 from sweeps.schema import Phantom
 from sweeps.settings import Sweep, setting_of
+from sweeps.sources import Measured
 
 CLEAR = 10.0  # SNR of the image and of every map above which F2 trusts the average standard error (Fig. 6c)
 SHARES = ("share", "share_sigma", "share_measured", "share_sigma_measured")  # per element, in percent
@@ -27,7 +28,7 @@ def region(sweep: Sweep, volume: np.ndarray) -> np.ndarray:
     given = sweep.output.shares
     inside = stoichiometry.region(volume, given.above, math.inf if given.below is None else given.below,
                                   margin=given.margin)
-    if given.mask is not None and not isinstance(sweep.data, Phantom):
+    if given.mask is not None and isinstance(sweep.data, Measured):
         mask = read_array(Path(sweep.data.root, given.mask))
         if mask.shape != inside.shape[1:]:
             raise DataError(f"{given.mask}: a mask of shape {mask.shape} for maps of {inside.shape[1:]} pixels (y, x)")

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sweeps.rules import HAADF_METHODS, tunables
-from sweeps.settings import Measured, Range, Search, Sweep, dump, replace, setting_of
+from sweeps.settings import Hebt, Measured, Range, Search, Sweep, dump, replace, setting_of
 from sweeps.yamlio import flow
 
 # What the chemical maps alone do not feel; ML and SIRT feel no weight at all.
-HAADF_SETTINGS = ("solver.gamma", "solver.lambda_model")
+HAADF_SETTINGS = ("solver.gamma", "solver.lambda_model", "solver.alpha", "solver.differences")
 MAPS_ONLY = ("ml", "sirt")
+CONVENTIONAL_METHODS = (*MAPS_ONLY, "chem_tv", "eds")  # that see no HAADF
+STOPPED = (*MAPS_ONLY, "eds", "hebt")  # noise grows with the iterations: as good as the best of those recorded
 # F3's conventional tomography is Poisson ML at 100 iterations; recording each gives its best iteration too.
 CONVENTIONAL: dict[str, Any] = {
     "solver.method": "ml", "solver.iterations": 100, "solver.record": list(range(1, 101))}
@@ -97,6 +99,12 @@ def conventional(sweep: Sweep) -> bool:
     return sweep.data.haadf_tilts == 0 or (isinstance(sweep.data, Measured) and sweep.data.haadf is None)
 
 
+def maps_alone(sweep: Sweep) -> bool:
+    """Whether a sweep without a grid makes no use of HAADF images, be there any or not."""
+    solver = sweep.solver
+    return solver.method in CONVENTIONAL_METHODS or (isinstance(solver, Hebt) and solver.alpha == 0)
+
+
 def space_difference(old: Sweep, new: Sweep) -> str:
     """Why the results of `old` cannot be continued as `new`, one line per setting; "" when they can.
 
@@ -122,8 +130,8 @@ def _cell(name: str, index: tuple[int, ...], coordinates: dict[str, Any], sweep:
     else:
         unused = set()
     if conventional(sweep) and method not in MAPS_ONLY:
-        changes["solver.method"] = "chem_tv"
-        fixed.append(dict(CONVENTIONAL))
+        changes["solver.method"] = "eds" if sweep.system == "hebt" else "chem_tv"
+        fixed += [] if sweep.system == "hebt" else [dict(CONVENTIONAL)]
     # A range that nothing searches gives way to the field's default, which nothing feels either.
     defaults = {f"solver.{key}": field.default for key, field in type(sweep.solver).model_fields.items()}
     sweep = replace(sweep, changes | {key: defaults[key] for key in unused})

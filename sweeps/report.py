@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.measured import read_truth
-from sweeps import settings, stages, tables
+from sweeps import bimodal, grid, settings, stages, tables
 from sweeps.atlas import RunFolder, resolved
 from sweeps.grid import Cell
 from sweeps.journal import RunError
-from sweeps.settings import Phantom, Sweep
-from sweeps.tables import CONVENTIONAL, METHODS, REPLICATE, Run, shown, title
+from sweeps.settings import Measured, Sweep
+from sweeps.tables import METHODS, REPLICATE, Run, shown, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = 30  # panels on one figure
 DPI = 150
+THIN = 4  # voxels: a plane as narrow is no picture
 TERMS = ("model", "chem", "tv", "total")
 # What the two central planes show, and how they are cut from (element, z, y, x).
 PLANES: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -74,7 +75,11 @@ def _write_aside(run: Run, folder: Path) -> list[str]:
 
 def table(folder: Path) -> str:
     """The tables of a run folder as plain text; RunError where the folder is no run folder."""
-    return tables.table(tables.read(folder))
+    return _text(tables.read(folder))
+
+
+def _text(run: Run) -> str:
+    return "\n\n".join(part for part in (tables.table(run), bimodal.text(run)) if part)
 
 
 def _figures(run: Run) -> Iterator[tuple[str, str, Figure]]:
@@ -104,7 +109,7 @@ def _figures(run: Run) -> Iterator[tuple[str, str, Figure]]:
             "Weighted terms of the cost of each cell's winner; smooth decay is a sign of a reliable result.",
             figures.convergence({_words(cell): _history(run, cell) for cell in cells}, _across(run)),
         )
-    yield from _flat(run) if run.sweep.system == "fused2d" else _slices(run)
+    yield from _flat(run) if run.sweep.system == "fused2d" else _solid(run)
 
 
 def _pages(stem: str, cells: list[Cell]) -> Iterator[tuple[str, list[Cell]]]:
@@ -139,7 +144,7 @@ def _history(run: Run, cell: Cell) -> dict[str, np.ndarray]:
         return {}
     solver = resolved(cell, best["params"]).solver
     terms = {name.removeprefix("history_"): group[name][:] for name in group.array_keys() if "history_" in name}
-    if cell.sweep.solver.method in ("ml", "sirt"):
+    if cell.sweep.solver.method in grid.MAPS_ONLY:
         terms.pop("tv", None)  # is told, but is no part of the cost
     known = [name for name in TERMS if name in terms]
     return {
@@ -166,26 +171,44 @@ def _flat(run: Run) -> Iterator[tuple[str, str, Figure]]:
         yield from flat_figures.drawn(run, kept, chosen, truth)
 
 
-def _slices(run: Run) -> Iterator[tuple[str, str, Figure]]:
+def _solid(run: Run) -> Iterator[tuple[str, str, Figure]]:
+    """Planes of volumes; of HEBT also how alpha and n matter; weight fractions where they were asked for."""
+    from sweeps import bimodal_figures
+
+    kept = {cell.id: group for cell in run.cells if (group := _group(run, cell)) is not None}
+    chosen, found = compared(run, [cell for cell in run.cells if cell.id in kept]), bimodal.curves(run)
+    yield from bimodal_figures.over_alpha(found)
+    if not chosen:
+        return
+    best, given = kept[chosen[-1].id], run.sweep.output.fractions
+    shape, elements = best["volume"].shape, tuple(best.attrs["elements"])
+    chosen = [cell for cell in chosen if kept[cell.id]["volume"].shape == shape
+              and tuple(kept[cell.id].attrs["elements"]) == elements]
+    truth = _truth(run, chosen[-1].sweep, elements, shape[1:])
+    yield from _slices(run, kept, chosen, truth)
+    weight = bimodal_figures.true_weight(given, truth, elements) if given else None
+    if given and "field_weight" in best:
+        pictures = {"truth": weight} if weight is not None else {}
+        pictures |= {_caption(run, cell): kept[cell.id]["field_weight"][:] for cell in chosen}
+        yield ("fractions", "Weight fractions; the winner of each cell.",
+               bimodal_figures.weights(pictures, given.over or elements, float(np.min(best.attrs["voxel_nm"]))))
+    yield from bimodal_figures.across(found, kept, weight)
+
+
+def _slices(run: Run, kept: Mapping[str, Any], chosen: list[Cell],
+            truth: np.ndarray | None) -> Iterator[tuple[str, str, Figure]]:
     """Central planes: the truth where there is one, conventional, the worst and the best fused result."""
     from sweeps import figures
 
-    kept = {cell.id: group for cell in run.cells if (group := _group(run, cell)) is not None}
-    chosen = compared(run, [cell for cell in run.cells if cell.id in kept])
-    if not chosen:
-        return
     best = kept[chosen[-1].id]
-    shape, elements = best["volume"].shape, best.attrs["elements"]
-    alike = {
-        name for name, group in kept.items() if group["volume"].shape == shape and group.attrs["elements"] == elements
-    }
-    truth = _truth(run, chosen[-1].sweep, tuple(elements), shape[1:])
+    elements = best.attrs["elements"]
     for plane, (words, cut) in PLANES.items():
+        if min(cut(best["volume"]).shape[1:]) < THIN:
+            continue
         pictures = [] if truth is None else [figures.Picture("truth", cut(truth), {})]
         for cell in chosen:
-            if cell.id in alike:
-                scores = (run.winner(cell) or {}).get("elements", {}).get("nrmse", {})
-                pictures.append(figures.Picture(_caption(run, cell), cut(kept[cell.id]["volume"]), scores))
+            scores = (run.winner(cell) or {}).get("elements", {}).get("nrmse", {})
+            pictures.append(figures.Picture(_caption(run, cell), cut(kept[cell.id]["volume"]), scores))
         if truth is not None:
             tops, top = truth.max((1, 2, 3)), "the maximum of the truth"
         else:
@@ -203,7 +226,7 @@ def _slices(run: Run) -> Iterator[tuple[str, str, Figure]]:
 
 def _truth(run: Run, sweep: Sweep, elements: tuple[str, ...], shape: tuple[int, int, int]) -> np.ndarray | None:
     """(element, z, y, x) concentrations that results are compared with; None where they are not known."""
-    if isinstance(sweep.data, Phantom):
+    if not isinstance(sweep.data, Measured):
         return stages.truth(run.folder, sweep.data)
     if sweep.data.truth is None:
         return None
@@ -217,7 +240,7 @@ def compared(run: Run, cells: list[Cell]) -> list[Cell]:
     """
     reached = {cell.id: found[0].value for cell in cells if (found := tables.scores(run, cell))}
     cells = sorted((cell for cell in cells if cell.id in reached), key=lambda cell: reached[cell.id], reverse=True)
-    fused = [cell for cell in cells if cell.sweep.solver.method not in CONVENTIONAL]
+    fused = [cell for cell in cells if not grid.maps_alone(cell.sweep)]
     others = [cell for cell in cells if cell not in fused]
     if not fused:
         return others[-3:]
@@ -233,8 +256,8 @@ def compared(run: Run, cells: list[Cell]) -> list[Cell]:
 def _caption(run: Run, cell: Cell) -> str:
     """Method and coordinates in few words, for a narrow column: "fused\\n47 HAADF, 9 chemical tilts"."""
     method, at = cell.sweep.solver.method, dict(cell.coordinates)
-    words = METHODS[method]
-    if method in ("ml", "sirt") and (best := run.winner(cell)):
+    words = METHODS["eds" if method == "hebt" and grid.maps_alone(cell.sweep) else method]
+    if method in grid.STOPPED and (best := run.winner(cell)):
         words += f", {best['metrics'].get('best_iteration', best['iterations']):g} iterations"
     parts = []
     if {"haadf_tilts", "chem_tilts"} <= set(at):
@@ -249,7 +272,7 @@ def page(run: Run, figures: list[tuple[str, bytes]]) -> str:
     parts = [
         f"<h1>{html.escape(run.sweep.name)}</h1>",
         f"<p>System {html.escape(run.sweep.system)}; {len(run.cells)} cells, {done} finished trials.</p>",
-        f"<pre>{html.escape(tables.table(run))}</pre>",
+        f"<pre>{html.escape(_text(run))}</pre>",
     ]
     for words, image in figures:
         data = base64.b64encode(image).decode()

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine import phantoms_hebt
 from engine.phantoms import ELEMENTS
 from sweeps.defaults import FLAT
-from sweeps.fields import Range
-from sweeps.schema import Phantom, Shares, Sweep
+from sweeps.fields import Range, ends
+from sweeps.schema import Fractions, Fused3D, Hebt, Particle, Phantom, Shares, Sweep
 from sweeps.sources import ChemSource, Element, Measured, Source
 from sweeps.yamlio import Keys, flow
 
 Problem = tuple[Keys, str]
 """Where in the YAML, and a sentence without its place."""
 
-HAADF_METHODS = ("fused", "plain", "fista")
+HAADF_METHODS = ("fused", "plain", "fista", "hebt")
 SYMBOLS = (
     "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr "
     "Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu "
     "Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr "
     "Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og").split()
+
+
+def elements(sweep: Sweep) -> tuple[str, ...]:
+    """Names of the elements that the maps have."""
+    data = sweep.data
+    if isinstance(data, Measured):
+        return tuple(data.chem.elements)
+    return tuple(phantoms_hebt.ELEMENTS if isinstance(data, Particle) else ELEMENTS[data.phantom])
 
 
 def tunables(sweep: Sweep) -> dict[str, Range]:
@@ -32,10 +41,20 @@ def conflicts(sweep: Sweep) -> Iterator[Problem]:
     """What does not fit together in a sweep without a grid."""
     data, solver, search = sweep.data, sweep.solver, sweep.search
     yield from _flat(sweep) if sweep.system == "fused2d" else _solid(sweep)
-    yield from _phantom(data, sweep) if isinstance(data, Phantom) else _measured(data, sweep)
+    if isinstance(data, Phantom):
+        yield from _phantom(data, sweep)
+    elif isinstance(data, Measured):
+        yield from _measured(data, sweep)
+    if isinstance(solver, Hebt):
+        yield from _hebt(solver, elements(sweep))
+    if sweep.output.fractions is not None:
+        yield from _fractions(sweep.output.fractions, elements(sweep))
     if tunables(sweep) and search.strategy == "per_cell" and search.trials < search.initial:
         yield ("search", "trials"), (f"{search.trials} trials end before the {search.initial} initial ones; "
                                      f"write initial: {max(1, search.trials // 2)}")
+    if tunables(sweep) and search.strategy == "shared" and isinstance(solver, Hebt):
+        yield ("search", "strategy"), ("shared's cheap trials say nothing of SIRT, whose noise grows with n; write "
+                                       "strategy: per_cell")
     together = search.batch if isinstance(search.batch, int) else 1
     if tunables(sweep) and search.strategy == "shared" and search.trials < 3 * together:
         words = "trial" if together == 1 else f"batch of {together}"
@@ -54,8 +73,11 @@ def conflicts(sweep: Sweep) -> Iterator[Problem]:
 def _flat(sweep: Sweep) -> Iterator[Problem]:
     """What fused2d does not take: tilt series, and what only tomography has."""
     data, solver = sweep.data, sweep.solver
+    assert isinstance(solver, Fused3D)
     if isinstance(data, Phantom) and data.phantom not in FLAT:
         yield ("data", "phantom"), f"{data.phantom} is a volume; fused2d has {', '.join(FLAT)}"
+    elif isinstance(data, Particle):
+        yield ("data", "phantom"), f"{data.phantom} is a tilt series; write system: hebt or fused3d"
     elif isinstance(data, Phantom):
         for name in ("haadf_tilts", "chem_tilts"):
             if getattr(data, name) != 1:
@@ -67,24 +89,53 @@ def _flat(sweep: Sweep) -> Iterator[Problem]:
             yield ("solver", name), f"is for fused3d alone; leave it out, or write {name}: {wanted}"
     if sweep.output.shares.mask is not None and not isinstance(data, Measured):
         yield ("output", "shares", "mask"), "is for measured data alone; give above, below and margin"
+    if sweep.output.fractions is not None:
+        yield ("output", "fractions"), "is for fused3d and hebt; of maps, output.shares tells the concentrations"
     if sweep.search.objective == "heldout" and isinstance(data, Measured) and data.chem.units != "counts":
         yield ("search", "objective"), (f"heldout parts the counts of a map, and {data.chem.units} cannot be parted; "
                                         "give data.chem.units: counts where they are")
 
 
 def _solid(sweep: Sweep) -> Iterator[Problem]:
-    """What fused3d does not take."""
+    """What fused3d and hebt do not take."""
     if isinstance(sweep.data, Phantom) and sweep.data.phantom in FLAT:
         yield ("data", "phantom"), f"{sweep.data.phantom} is a map; write system: fused2d"
-    if sweep.solver.missing:
+    if isinstance(sweep.solver, Fused3D) and sweep.solver.missing:
         yield ("solver", "missing"), "is for fused2d alone"
     if sweep.output.shares != Shares():
         yield ("output", "shares"), "is for fused2d alone"
 
 
+def _hebt(solver: Hebt, names: tuple[str, ...]) -> Iterator[Problem]:
+    if solver.responses is not None and solver.responses.keys() != set(names):
+        yield ("solver", "responses"), f"needs one number for each of {', '.join(names)}"
+    if max(ends(solver.relaxation)) >= 2:
+        yield ("solver", "relaxation"), f"must be below 2, or SIRT diverges, not {max(ends(solver.relaxation)):g}"
+    if min(ends(solver.differences)) == 0:
+        yield ("solver", "differences"), "must be above 0, or all elements come out alike"
+
+
+def _fractions(given: Fractions, names: tuple[str, ...]) -> Iterator[Problem]:
+    """Factors that belong to how the fractions are made, for elements that there are."""
+    place: Keys = ("output", "fractions")
+    own = given.by in ("k", "zeta", "partial")
+    if own and (given.factors is None or given.factors.keys() != set(names)):
+        yield (*place, "factors"), f"by: {given.by} needs a factor for each of {', '.join(names)}"
+    if not own and given.factors is not None:
+        yield (*place, "factors"), f"are for by: k, zeta or partial, not for by: {given.by}"
+    if given.by == "tables" and given.beam is None:
+        yield (*place, "beam"), "by: tables needs the energy of the electrons; write beam: 200.0"
+    efficiency = given.efficiency if isinstance(given.efficiency, dict) else {}
+    for key, told in (("over", given.over or ()), ("lines", given.lines or ()), ("efficiency", efficiency)):
+        unknown = [name for name in told if name not in names]
+        if unknown:
+            yield (*place, key), f"there are no maps of {', '.join(unknown)}; there are {', '.join(names)}"
+
+
 def _phantom(data: Phantom, sweep: Sweep) -> Iterator[Problem]:
-    gamma = sweep.solver.gamma if sweep.solver.method in HAADF_METHODS and data.haadf_tilts else None
-    if data.gamma is None and isinstance(gamma, Range):
+    solver = sweep.solver
+    seen = data.haadf_tilts and solver.method in HAADF_METHODS
+    if data.gamma is None and isinstance(solver, Fused3D) and seen and isinstance(solver.gamma, Range):
         yield ("data", "gamma"), ("is needed where solver.gamma is searched, else each trial would simulate "
                                   "images of its own; write data: {gamma: 1.6}")
     levels = [*ELEMENTS[data.phantom], "haadf"]
@@ -110,12 +161,29 @@ def _measured(data: Measured, sweep: Sweep) -> Iterator[Problem]:
     elif data.haadf_tilts:
         yield ("data", "haadf_tilts"), "there is no data.haadf to take images from"
     yield from _elements(data.chem.elements)
+    if data.chem.candidates is not None:
+        yield from _candidates(data.chem, sweep.system)
     if data.sensitivity is not None and data.sensitivity.keys() != data.chem.elements.keys():
         yield ("data", "sensitivity"), f"needs one number for each of {', '.join(data.chem.elements)}"
 
 
-def _elements(elements: dict[str, int | Element]) -> Iterator[Problem]:
-    keys: Keys = ("data", "chem", "elements")
+def _candidates(source: ChemSource, system: str) -> Iterator[Problem]:
+    keys: Keys = ("data", "chem", "candidates")
+    assert source.candidates is not None
+    both = [name for name in source.candidates if name in source.elements]
+    if system != "hebt":
+        yield keys, "is for hebt alone, whose HAADF is the sum of the maps"
+    if both:
+        yield keys, f"{', '.join(both)} is one of data.chem.elements already"
+    items = source.candidates.values()
+    if source.names_key is None and any(isinstance(item, int) or item.index is None and not item.window
+                                        for item in items):
+        yield keys, "where is each map? Give its index or its window, or data.chem.names_key"
+    yield from _elements(source.candidates, "candidates")
+
+
+def _elements(elements: dict[str, int | Element], place: str = "elements") -> Iterator[Problem]:
+    keys: Keys = ("data", "chem", place)
     for name, item in elements.items():
         number = item.number if isinstance(item, Element) else item
         if name in SYMBOLS and SYMBOLS.index(name) + 1 != number:

@@ -11,12 +11,21 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, PrivateAttr, model_validator
 
+from engine.phantoms_hebt import COLLECTED, DOSE, HAADF_DOSE, SOLID_ANGLE
 from sweeps.defaults import FLAT, FLAT_DATA, FLAT_SOLVER, SHARED_TRIALS, SNR
 from sweeps.fields import (
+    BY_SHAPE,
+    FUSED3D,
+    HEBT,
+    MAPPING,
     MEASURED,
+    NUMBER,
+    PARTICLE,
     PHANTOM,
     Auto,
     Model,
+    NotNegative,
+    Share,
     TiltRange,
     Tunable,
     Weight,
@@ -29,8 +38,8 @@ from sweeps.fields import (
 from sweeps.sources import Measured
 from sweeps.yamlio import Document, Keys, dotted, flow, split
 
-BUILT = ("fused3d", "fused2d")
-PLANNED = ("hebt", "mset", "mspt")
+BUILT = ("fused3d", "fused2d", "hebt")
+PLANNED = ("mset", "mspt")
 
 
 def _file_name(name: str) -> str:
@@ -75,6 +84,34 @@ class Phantom(Model):
         return raw | {"snr": {"chem": 1.0} | snr} if isinstance(snr, dict) else raw
 
 
+Efficiency = Annotated[
+    Annotated[float, Field(gt=0, le=1), NUMBER] | Annotated[dict[str, Annotated[float, Field(gt=0, le=1)]], MAPPING],
+    BY_SHAPE]
+
+
+class Particle(Model):
+    """HEBT's core-shell particle: X-rays and HAADF from the same cross sections; concentrations in mol/cm^3."""
+
+    phantom: Literal["agau"] = setting(..., "-", "specimen: agau (Ag-Au core and shell, HEBT's Fig. 1)")
+    size: int = setting(97, "voxels", "edge of the field of view, which is 145.5 nm at any size", ge=8)
+    planes: Annotated[int, Field(ge=1)] | None = setting(
+        None, "voxels", "planes along the tilt axis; 1 is the paper's slice; without it a cube", examples=["1"])
+    tilt_range: TiltRange = setting([-75.0, 75.0], "degrees", "lowest and highest tilt")
+    haadf_tilts: int = setting(31, "images", "HAADF images, evenly spread; 0: the maps alone", ge=0)
+    chem_tilts: int = setting(31, "maps", "chemical maps per element", ge=1)
+    chem_angles: Literal["subset", "even"] = setting(
+        "subset", "-", "angles of the maps: a subset of those of the images, or even on their own")
+    dose: float = setting(DOSE, "electrons", "per pixel and tilt, for the maps; at this one the paper's optima appear",
+                          gt=0)
+    haadf_dose: float = setting(HAADF_DOSE, "electrons", "per pixel and tilt, for the images", gt=0)
+    solid_angle: float = setting(SOLID_ANGLE, "sr", "of the X-ray detector", gt=0, le=12.6)
+    efficiency: Efficiency = setting(1.0, "-", "of the X-ray detector: for all lines, or by element",
+                                     examples=["{Ag: 0.96, Au: 0.9}"])
+    collected: float = setting(COLLECTED, "-", "share of the scattered electrons on the HAADF detector", gt=0, le=1)
+    background: float = setting(0.0, "counts", "flat background per pixel of the maps, known to the solver", ge=0)
+    replicate: int = setting(0, "-", "number of the noise realisation", ge=0)
+
+
 class Fused3D(Model):
     """Fused multi-modal tomography (F3) and microscopy (F2)."""
 
@@ -103,6 +140,33 @@ class Fused3D(Model):
         "sandwich", "-", "fused2d: standard error of each pixel; paper: by F2's Eq. 5 as printed")
     record: Annotated[list[int], AfterValidator(checkpoints)] = setting(
         [], "-", "iterations at which the volume is scored as well, an axis of the atlas")
+
+
+class Hebt(Model):
+    """SIRT of the maps alone, or of maps and HAADF images together (HEBT)."""
+
+    method: Literal["hebt", "eds"] = setting(
+        "hebt", "-", "hebt: maps and images together (Eq. 17); eds: the maps alone (Eq. 11)")
+    form: Literal["preconditioned", "paper"] = setting(
+        "preconditioned", "-", "paper: SIRT of the stacked system; preconditioned: as good in a tenth of the steps")
+    alpha: Share = setting(0.8, "-", "weight of HAADF, from 0 (the maps alone) to 1")
+    scaling: Literal["row", "plain"] = setting(
+        "row", "-", "what alpha weighs: rows as SIRT scales them, 1-a : a/elements, or plain ones, (1-a)^2 : a^2")
+    differences: Share = setting(
+        0.3, "-", "preconditioned: rate of the elements' differences; their sum has 1. Few counts ask for less")
+    iterations: int = setting(20, "-", "n; noise grows with it: 20 preconditioned does what 200 of the paper do", ge=1)
+    record: Annotated[list[int], AfterValidator(checkpoints)] = setting(
+        [], "-", "iterations at which the volume is scored as well, an axis of the atlas; the best is kept")
+    prefilter: NotNegative = setting(0.8, "pixels", "sigma of a Gaussian over the maps")
+    responses: dict[str, Annotated[float, Field(gt=0)]] | None = setting(
+        None, "HAADF per count", "response ratio of each element; without it by regression",
+        examples=["{Ag: 1.0, Au: 1.2}"])
+    tilts: Literal["as_measured", "equal", "haadf"] = setting(
+        "as_measured", "-", "brightness of the maps over the tilts; equal: one total, haadf: what HAADF shows")
+    relaxation: Weight = setting(1.0, "-", "of SIRT's steps, below 2")
+    positive: bool = setting(True, "-", "whether negative values are set to 0")
+    devices: int = setting(
+        1, "devices", "GPUs, or parts of a CPU, that share one reconstruction, each a slab along x", ge=1)
 
 
 class Search(Model):
@@ -150,19 +214,52 @@ class Shares(Model):
     mask: str | None = setting(None, "-", "file of a mask (y, x) that the region is cut with, relative to data.root")
 
 
+class Fractions(Model):
+    """Weight and atomic fractions from the volumes (HEBT, 2.1 and 2.2), and what they are made with."""
+
+    flow: ClassVar[bool] = True
+    by: Literal["atoms", "tables", "k", "zeta", "partial"] = setting(
+        "atoms", "-", "atoms: concentrations count atoms; of counts, tables: f from cross sections (Eq. 7), "
+        "k, zeta, partial: your own factors (Eqs. 1-3)")
+    factors: dict[str, Annotated[float, Field(gt=0)]] | None = setting(
+        None, "-", "k, zeta or partial: the factor of each element")
+    over: Annotated[list[str], Field(min_length=1)] | None = setting(
+        None, "-", "elements that are quantified, among themselves; without it all")
+    threshold: Annotated[float, Field(ge=0)] | None = setting(
+        None, "of the summed map", "above which the specimen is; without it where the volume changes least")
+    beam: Annotated[float, Field(gt=0)] | None = setting(None, "keV", "energy of the electrons, for tables")
+    lines: dict[str, Literal["Ka", "La", "Ma"]] | None = setting(
+        None, "-", "X-ray line of each element; without it the usual one")
+    efficiency: Efficiency = setting(1.0, "-", "tables: of the detector, for all lines or by element")
+    take_off: Annotated[float, Field(gt=0, le=90)] | None = setting(
+        None, "degrees", "of the X-ray detector; with it absorption is checked (package xraylib)")
+
+
 class Output(Model):
     """What is kept."""
 
     save: Literal["none", "best", "all"] = setting("best", "-", "volumes: none, each cell's best, or all")
     shares: Shares = setting(Shares(), "-", "fused2d: region and histogram of the concentrations in percent")
+    fractions: Fractions | None = setting(
+        None, "-", "fused3d and hebt: weight and atomic fractions of the volumes",
+        examples=["{by: tables, beam: 200.0}"])
+
+
+class OfHebt(dict[str, Any]):
+    """`solver:` of a YAML whose system is hebt."""
+
+
+def _solver(value: Any) -> str:
+    """The solver's model follows from the system."""
+    return "<Hebt>" if isinstance(value, OfHebt | Hebt) else "<Fused3D>"
 
 
 def _kind(value: Any) -> str:
-    """Phantom or Measured: by `phantom:` or by `chem:`, else by the model whose settings it names more of."""
+    """Which model `data:` is: by `phantom:` or by `chem:`, else by the model whose settings it names more of."""
     if isinstance(value, BaseModel):
         return f"<{type(value).__name__}>"
     if not isinstance(value, dict) or "phantom" in value:
-        return "<Phantom>"
+        return "<Particle>" if isinstance(value, dict) and value["phantom"] == "agau" else "<Phantom>"
     named = {model: len(value.keys() & model.model_fields.keys()) for model in (Phantom, Measured)}
     return "<Measured>" if "chem" in value or named[Measured] > named[Phantom] else "<Phantom>"
 
@@ -172,13 +269,14 @@ class Sweep(Model):
 
     name: Annotated[str, AfterValidator(_file_name)] = setting(
         ..., "-", "name of the sweep and of its folder in runs/")
-    system: Annotated[Literal["fused3d", "fused2d"], BeforeValidator(_system)] = setting(
+    system: Annotated[Literal["fused3d", "fused2d", "hebt"], BeforeValidator(_system)] = setting(
         "fused3d", "-", "what reconstructs")
-    data: Annotated[Annotated[Phantom, PHANTOM] | Annotated[Measured, MEASURED],
+    data: Annotated[Annotated[Phantom, PHANTOM] | Annotated[Particle, PARTICLE] | Annotated[Measured, MEASURED],
                     Discriminator(_kind)] = setting(
         ..., "-", "the specimen: simulated (phantom: ) or measured (chem: )")
     grid: dict[str, list[Any]] = setting({}, "-", "axes of the atlas: settings and their values")
-    solver: Fused3D = setting(Fused3D(), "-", "one reconstruction; {low: , high: , scale: } is searched")
+    solver: Annotated[Annotated[Fused3D, FUSED3D] | Annotated[Hebt, HEBT], Discriminator(_solver)] = setting(
+        Fused3D(), "-", "one reconstruction; {low: , high: , scale: } is searched")
     search: Search = setting(Search(), "-", "how to search, in each cell")
     output: Output = setting(Output(), "-", "what to keep")
     seed: int = setting(0, "-", "seed of noise and search", ge=0, lt=2**32)
@@ -194,6 +292,8 @@ class Sweep(Model):
         raw = {key: value for key, value in raw.items() if value is not None}
         if raw.get("system") == "fused2d" and isinstance(solver := raw.get("solver", {}), dict):
             raw["solver"] = FLAT_SOLVER | solver
+        if raw.get("system") == "hebt" and isinstance(solver := raw.get("solver", {}), dict):
+            raw["solver"] = OfHebt(solver)
         return raw
 
     @property

@@ -20,12 +20,12 @@ from pydantic_core import ErrorDetails
 
 from sweeps.fields import TAGS, Range
 from sweeps.rules import Problem, conflicts, tunables
-from sweeps.schema import Fused3D, Output, Phantom, Search, Sweep
+from sweeps.schema import Fused3D, Hebt, Output, Particle, Phantom, Search, Sweep
 from sweeps.sources import Measured, Source
 from sweeps.yamlio import Document, Keys, SettingsError, dotted, flow, put, read, shape, split, write
 
-__all__ = ["Fused3D", "Measured", "Output", "Phantom", "Range", "Search", "SettingsError", "Source", "Sweep",
-           "dump", "fields", "get", "load", "replace", "setting_of", "template", "to_yaml", "tunables"]
+__all__ = ["Fused3D", "Hebt", "Measured", "Output", "Particle", "Phantom", "Range", "Search", "SettingsError", "Source",
+           "Sweep", "dump", "fields", "get", "load", "replace", "setting_of", "template", "to_yaml", "tunables"]
 
 SHORT = {name: f"data.{name}" for name in ("haadf_tilts", "chem_tilts", "replicate", "tilt_range", "size")}
 SHORT |= {name: f"solver.{name}" for name in ("gamma", "method")}
@@ -68,11 +68,10 @@ def to_yaml(sweep: Sweep, comments: bool = False) -> str:
 
 def template(system: str = "fused3d", measured: bool = False) -> str:
     """A commented YAML to start from, for simulated or for measured data."""
-    kind = "fused2d" if system == "fused2d" else "fused3d"
-    simulated, axes = _SIMULATED[kind]
-    example = _EXAMPLE | {"system": system, "data": _MEASURED[kind] if measured else simulated,
-                          "grid": {} if measured else axes,
-                          "search": {"objective": "heldout" if measured else "nrmse"}}
+    simulated, axes = _SIMULATED.get(system, _SIMULATED["fused3d"])
+    example = {"name": "my-sweep", "system": system, "solver": _SEARCHED.get(system, _SEARCHED["fused3d"]),
+               "data": _MEASURED.get(system, _MEASURED["fused3d"]) if measured else simulated,
+               "grid": {} if measured else axes, "search": {"objective": "heldout" if measured else "nrmse"}}
     return write(_checked(Document(example, {})), comments=True)
 
 
@@ -273,13 +272,15 @@ _WANTED = {"int_type": "a whole number", "float_type": "a number", "bool_type": 
 _BOUNDS = {"greater_than": ("above", "gt"), "greater_than_equal": ("at least", "ge"),
            "less_than": ("below", "lt"), "less_than_equal": ("at most", "le")}
 _UNQUOTE = str.maketrans("", "", "<>'")
-_EXAMPLE: dict[str, Any] = {
-    "name": "my-sweep",
-    "solver": {"lambda_model": {"low": 1e-3, "high": 1e3, "scale": "log"},
-               "lambda_tv": {"low": 1e-3, "high": 1e1, "scale": "log"}},
+_SEARCHED: dict[str, dict[str, Any]] = {  # settings of the solver, by system
+    "fused3d": {"lambda_model": {"low": 1e-3, "high": 1e3, "scale": "log"},
+                "lambda_tv": {"low": 1e-3, "high": 1e1, "scale": "log"}},
+    "hebt": {"alpha": {"low": 0.1, "high": 0.98}, "differences": {"low": 0.02, "high": 1.0, "scale": "log"},
+             "iterations": 40, "record": [5, 10, 15, 20, 30, 40]},
 }
 _SIMULATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # data and grid, by system
     "fused3d": ({"phantom": "cocuo"}, {"haadf_tilts": [0, 9, 47], "chem_tilts": [5, 9, 13]}),
+    "hebt": ({"phantom": "agau", "planes": 1}, {"data.dose": [3.121e6, 3.121e7, 3.121e8]}),
     "fused2d": ({"phantom": "coscoo", "size": 128}, {"data.snr.haadf": [5, 20, 100], "data.snr.chem": [0.25, 1, 4]}),
 }
 _MEASURED: dict[str, dict[str, Any]] = {  # data, by system

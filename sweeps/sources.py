@@ -98,6 +98,9 @@ class ChemSource(Source):
     elements: dict[str, AtomicNumber] = setting(
         ..., "-", "atomic numbers {Fe: 26, ...} in the array's order, or {Fe: {number: 26, index: 8}, ...}",
         min_length=1)
+    candidates: dict[str, AtomicNumber] | None = setting(
+        None, "-", "hebt: further elements that may scatter; where HAADF is no sum of the maps, one of them is named",
+        examples=["{Pt: {number: 78, index: 2}}"])
     names_key: str | None = setting(
         None, "-", "name of an array of names; elements are then found by name", examples=["elements"])
     energy: Energy | None = setting(

@@ -17,10 +17,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from engine import measured, phantoms2d
+from engine import measured, phantoms2d, phantoms_hebt, physics
 from engine.data import DataError, MultiModal, even_subset
 from engine.phantoms import FIELD_NM, phantom
-from sweeps.schema import Phantom
+from sweeps.schema import Particle, Phantom
 from sweeps.sources import Measured, Source, Volume
 
 Arrays = dict[str, np.ndarray]
@@ -57,16 +57,34 @@ def stage(folder: Path, name: str, inputs: dict[str, Any], make: Callable[[], Ar
     return arrays
 
 
-def truth(folder: Path, data: Phantom) -> np.ndarray:
-    """The concentrations (element, z, y, x) of a simulated specimen."""
-    inputs = {"phantom": data.phantom, "size": data.size}
+def truth(folder: Path, data: Phantom | Particle) -> np.ndarray:
+    """The concentrations (element, z, y, x) of a simulated specimen; of a Particle in mol/cm^3."""
+    inputs: dict[str, Any] = {"phantom": data.phantom, "size": data.size}
+    if isinstance(data, Particle):
+        inputs["planes"] = data.planes
 
     def make() -> Arrays:
+        if isinstance(data, Particle):
+            weight = physics.atomic_weights(tuple(phantoms_hebt.ELEMENTS)).astype(np.float32)
+            return {"volume": phantoms_hebt.phantom(data.size, data.planes) / weight[:, None, None, None]}
         if data.phantom in phantoms2d.ELEMENTS:
             return {"volume": phantoms2d.phantom(data.phantom, data.size)}
         return {"volume": phantom(data.phantom, (data.size,) * 3, FIELD_NM / data.size)}
 
     return stage(folder, "truth", inputs, make)["volume"]
+
+
+def extent(data: Phantom | Particle) -> tuple[int, int, int]:
+    """(nz, ny, nx) voxels of a simulated specimen."""
+    if isinstance(data, Particle):
+        return data.size, data.size, data.planes or data.size
+    return 1 if data.phantom in phantoms2d.ELEMENTS else data.size, data.size, data.size
+
+
+def voxel(data: Phantom | Particle) -> float:
+    """Edge of its voxels [nm]."""
+    known = {**phantoms2d.FIELD_NM, "agau": phantoms_hebt.FIELD_NM}
+    return known.get(data.phantom, FIELD_NM) / data.size
 
 
 def recordings(data: Measured, where: Callable[[str], str] = lambda name: name) -> dict[str, measured.Recording]:
@@ -108,7 +126,7 @@ def measured_data(data: Measured, opened: dict[str, measured.Recording] | None =
 
 
 def _recording(data: Measured, source: Source, count: int | None) -> measured.Recording:
-    given = source.model_dump()
+    given = source.model_dump(exclude={"candidates"})
     if count is not None:
         total = len(measured.read_series(**given, root=data.root).angles)
         chosen = given["tilts"] or list(range(total))

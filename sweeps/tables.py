@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ METHODS = {
     "sirt": "SIRT",
     "plain": "fused, plain gradient",
     "fista": "fused, FISTA",
+    "hebt": "HEBT",
+    "eds": "SIRT of the maps alone",
 }
 TITLES = {
     "haadf_tilts": "HAADF tilts",
@@ -30,7 +33,9 @@ TITLES = {
     "snr.chem": "chemical SNR (factor)",
     "tilt_range": "tilt range [deg]",
     "size": "size [voxels]",
+    "dose": "dose [e/pixel]",
     "gamma": "gamma",
+    "alpha": "alpha (HAADF)",
     "lambda_model": "λ HAADF",
     "lambda_chem": "λ chemistry",
     "lambda_tv": "λ TV",
@@ -38,7 +43,6 @@ TITLES = {
     "share_rmse": "RMSE of concentrations [%]",
     "heldout": "held-out deviance",
 }
-CONVENTIONAL = ("chem_tv", "ml", "sirt")
 REPLICATE = "replicate"
 
 
@@ -133,7 +137,7 @@ def good(row: dict[str, Any]) -> bool:
 
 
 def scores(run: Run, cell: Cell) -> list[Score]:
-    """The cell's own result first, then its baselines; ML and SIRT at the best and at the last iteration."""
+    """The cell's own result first, then its baselines; SIRT and ML at the best and at the last iteration."""
     baselines = [row for row in run.rows(cell) if good(row) and row["kind"] == "baseline" and row["params"]]
     method = cell.sweep.solver.method
     found: list[Score] = []
@@ -148,7 +152,7 @@ def scores(run: Run, cell: Cell) -> list[Score]:
 def _stops(run: Run, row: dict[str, Any], method: str, name: str) -> list[Score]:
     """One score, or for a method that must be stopped early two: where it was best, and where it ended."""
     stops = [stop for stop in row.get("checkpoints") or [] if stop["objective"] is not None]
-    if method not in ("ml", "sirt") or len(stops) < 2:
+    if method not in grid.STOPPED or len(stops) < 2:
         return [_score(run, name, row)]
     best = min(stops, key=lambda stop: stop["objective"])
     words = {"best iteration": best, f"{stops[-1]['iterations']} iterations": stops[-1]}
@@ -225,7 +229,10 @@ def table(run: Run) -> str:
     parts = [_grid_text(run, panel) for panel in pivot(run)]
     parts.append(_gain_text(run))
     parts.append(_shares_text(run) if run.sweep.system == "fused2d" else "")
+    parts.append(_fractions_text(run) if run.sweep.output.fractions else "")
+    parts.append(_responses_text(run) if run.sweep.system == "hebt" else "")
     parts.append(_winners_text(run))
+    parts.append(_notes_text(run))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -234,18 +241,18 @@ def rivals(run: Run) -> list[tuple[Cell, Score, list[tuple[Cell, Score]]]]:
     scored = [(cell, scores(run, cell)) for cell in run.cells]
     conventional: dict[str, list[tuple[Cell, Score]]] = {}
     for cell, found in scored:
-        if cell.sweep.solver.method in CONVENTIONAL:
+        if grid.maps_alone(cell.sweep):
             conventional.setdefault(_maps(cell), []).extend((cell, score) for score in found)
     return [
         (cell, found[0], conventional.get(_maps(cell), []))
         for cell, found in scored
-        if found and cell.sweep.solver.method not in CONVENTIONAL
+        if found and not grid.maps_alone(cell.sweep)
     ]
 
 
 def _maps(cell: Cell) -> str:
     """What a fused cell and its conventional rivals have in common."""
-    apart = ("haadf_tilts", "data.haadf_tilts", "method", "solver.method", "data.snr.haadf")
+    apart = ("haadf_tilts", "data.haadf_tilts", "method", "solver.method", "solver.alpha", "data.snr.haadf")
     return str({axis: value for axis, value in cell.coordinates.items() if axis not in apart})
 
 
@@ -262,7 +269,8 @@ def _gain_text(run: Run) -> str:
     if found is None:
         return ""
     span = " to ".join(dict.fromkeys(f"{ratio:.3f}" for ratio in found))
-    lines = [f"fused / best conventional with the same maps: {span}"]
+    word = "HEBT" if run.sweep.system == "hebt" else "fused"
+    lines = [f"{word} / best conventional with the same maps: {span}"]
     cell, score, others = min((each for each in rivals(run) if each[2]), key=lambda each: each[1].value)
     folds = [name for name in score.metrics if name.startswith(f"{run.metric}_fold_")]
     for other, rival in others if len(folds) > 1 else []:
@@ -307,14 +315,41 @@ def _shares_text(run: Run) -> str:
         if f"error_slope{words}" in found:
             lines.append(f"RMSE of concentrations over average standard error, {name}: correlation "
                          f"{found[f'error_correlation{words}']:.4f}, slope {found[f'error_slope{words}']:.3f}")
-    reached = {name: best["objective"] for name, best in bests.items() if best.get("objective") is not None}
-    best_cell = min(reached, key=lambda name: reached[name], default="")
-    shares = bests.get(best_cell, {}).get("elements", {})
+    best_cell, _, shares = _best(run)
     for element, value in shares.get("share", {}).items():
         after, before, raw = (shares[name][element] for name in flat.SHARES[1:])
         spread = found.get("share_sensitivity", {}).get(element)
         lines.append(f"{element} in {best_cell}: {value:.2f} ± {after:.2f} % (as measured {before:.2f} ± {raw:.2f} %)"
                      + (f"; ± {spread:.2f} % over the solver's settings" if spread is not None else ""))
+    return "\n".join(lines)
+
+
+def _best(run: Run) -> tuple[str, Mapping[str, Any], Mapping[str, Mapping[str, float]]]:
+    """The best cell, its metrics, and those of each element; nothing while there is none."""
+    reached = {cell.id: best for cell in run.cells if (best := run.winner(cell))}
+    name = min(reached, key=lambda name: reached[name]["objective"], default="")
+    return name, reached.get(name, {}).get("metrics", {}), reached.get(name, {}).get("elements", {})
+
+
+def _responses_text(run: Run) -> str:
+    """How well HAADF is a sum of the maps, and what each adds to it (HEBT, Eq. 15)."""
+    name, metrics, each = _best(run)
+    if "r_squared_smooth" not in metrics:
+        return ""
+    ratios = ", ".join(f"{element} {value:.3g}" for element, value in each["response"].items())
+    return (f"HAADF in {name} as a sum of the maps: R^2 {metrics['r_squared']:.3f}, {metrics['r_squared_smooth']:.3f} "
+            f"where noise is smoothed away; HAADF per count: {ratios}")
+
+
+def _fractions_text(run: Run) -> str:
+    """Weight fractions of the best cell, and whether its specimen has a clear edge."""
+    best_cell, metrics, each = _best(run)
+    lines = [f"{element} in {best_cell}: {value:.2f} ± {each['weight_percent_sigma'][element]:.2f} wt%, "
+             f"{each['atomic_percent'][element]:.2f} ± {each['atomic_percent_sigma'][element]:.2f} at% "
+             "(mean and sigma over voxels)" for element, value in each.get("weight_percent", {}).items()]
+    if lines and not metrics["threshold_found"]:
+        lines.append("the volume has no clear edge: its specimen was told by Otsu's threshold; look at the figure, or "
+                     "give output.fractions.threshold")
     return "\n".join(lines)
 
 
@@ -334,6 +369,14 @@ def _winners_text(run: Run) -> str:
         effort = [f"{len(done)}/{grid.trials(cell)}", str(failed), f"{seconds:.1f}"]
         rows.append([cell.id, *map(shown, numbers), *effort])
     return "Winners\n" + aligned(rows)
+
+
+def _notes_text(run: Run) -> str:
+    """What was said of the data, and by how many trials."""
+    rows = [row for cell in run.cells for row in run.rows(cell)]
+    counts = Counter(note for row in rows for note in row.get("notes", []))
+    return "\n".join(["Warnings", *(f"{note} ({count} of {len(rows)} trials)" for note, count in counts.items())]
+                     if counts else [])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
-import zlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,26 +14,23 @@ from typing import Any
 
 import numpy as np
 
-from engine import estimate, fused2d, fused3d, heldout, metrics, phantoms2d, programs, simulate, stoichiometry
-from engine.data import DataError, MultiModal, Solution, TiltSeries
+from engine import estimate, fused2d, fused3d, heldout, metrics, programs
+from engine.data import DataError, DataWarning, MultiModal, Solution
 from engine.iterate import Keep
-from engine.phantoms import ELEMENTS, FIELD_NM
 from engine.sizes import bucket
-from sweeps import flat, stages
-from sweeps.flat import region
-from sweeps.grid import MAPS_ONLY
-from sweeps.schema import Phantom
+from sweeps import needs, stages
+from sweeps.grid import STOPPED
+from sweeps.rules import elements
+from sweeps.scores import SYSTEMS, Judge, Score, sensitivities
 from sweeps.settings import SettingsError, Sweep, dump, load
-from sweeps.sources import Measured
+from sweeps.specimens import candidates, inputs, prepared
 
 Message = dict[str, Any]
 VOLUME_AXES = ("element", "z", "y", "x")
 FAINT = 0.01
 CHUNK = 1 << 23  # voxels: few files, and slabs of many volumes fit into memory together (sweeps.volumes)
 EMPTY: dict[str, Any] = {"status": "ok", "objective": None, "metrics": {}, "elements": {}, "checkpoints": [],
-                         "iterations": 0, "seconds": 0.0, "batch": 1, "worker": "", "volume": None}
-SYSTEMS: dict[str, Any] = {"fused3d": fused3d, "fused2d": fused2d}
-Score = dict[str, Any]  # {"objective": float | None, "metrics": {...}, "elements": {name: {element: float}}}
+                         "iterations": 0, "seconds": 0.0, "batch": 1, "worker": "", "volume": None, "notes": []}
 
 
 def run(message: Message) -> list[dict[str, Any]]:
@@ -53,12 +52,26 @@ def run(message: Message) -> list[dict[str, Any]]:
     for batch in batches.values():
         begun = time.perf_counter()
         numbers, sweeps = zip(*batch, strict=True)
-        found = _rows(sweeps, Path(message["folder"]), [_volume_name(rows[k]) for k in numbers],
-                      f"{message['cell']}-{'-'.join(str(rows[k]['trial']) for k in numbers)}")
+        with _noted() as notes:
+            found = _rows(sweeps, Path(message["folder"]), [_volume_name(rows[k]) for k in numbers],
+                          f"{message['cell']}-{'-'.join(str(rows[k]['trial']) for k in numbers)}")
         seconds = (time.perf_counter() - begun) / len(batch)
         for k, row in zip(numbers, found, strict=True):
-            rows[k] |= {**row, "seconds": seconds, "batch": len(batch)}
+            rows[k] |= {**row, "seconds": seconds, "batch": len(batch), "notes": list(notes)}
     return rows
+
+
+@contextmanager
+def _noted() -> Iterator[list[str]]:
+    """What is said of the data meanwhile (DataWarning), once each; every warning goes to the log as well."""
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        yield notes
+    for each in caught:
+        sys.stderr.write(warnings.formatwarning(each.message, each.category, each.filename, each.lineno))
+        if isinstance(each.message, DataWarning) and str(each.message) not in notes:
+            notes.append(str(each.message))
 
 
 def _rows(sweeps: Sequence[Sweep], folder: Path, names: Sequence[str], batch: str) -> list[dict[str, Any]]:
@@ -84,7 +97,7 @@ def _alike(sweep: Sweep) -> str:
     """Equal for trials that share data and differ in numbers that a compiled solver takes as they come."""
     settings = dump(sweep)
     settings["solver"] |= dict.fromkeys(SYSTEMS[sweep.system].BATCHED)
-    return str((settings, stages.key("data", _inputs(sweep))))
+    return str((settings, stages.key("data", inputs(sweep))))
 
 
 def _evaluate(sweeps: Sequence[Sweep], folder: Path, batch: str) -> list[tuple[Solution, dict[str, Any]]]:
@@ -101,20 +114,29 @@ def _evaluate(sweeps: Sequence[Sweep], folder: Path, batch: str) -> list[tuple[S
     programs.about(f"{sweep.solver.method} {data.shape} {bucket(data.haadf.tilts if data.haadf else 0)} "
                    f"{bucket(data.chem.tilts)} {len(sweeps)}")
     passed: list[dict[int, Score]] = [{} for _ in sweeps]
+    more = {"candidates": candidates(sweep, folder)} if sweep.system == "hebt" else {}
     chosen, record = [solver_settings(each) for each in sweeps], sweep.solver.record
-    keep = Keep(folder / "partial" / f"{batch}.npz", stages.key("solve", {"data": _inputs(sweep), "solver": chosen}))
+    judge = Judge(sweep, data)
+    keep = Keep(folder / "partial" / f"{batch}.npz", stages.key("solve", {"data": inputs(sweep), "solver": chosen}))
     solutions = SYSTEMS[sweep.system].reconstruct_batch(
         data, chosen, checkpoints=record, keep=None if record else keep,
-        observe=lambda k, n, volume: passed[k].update({n: _against_truth(volume, data)}))
-    ends = [_against_truth(solution.volume, data, solution.metrics) for solution in solutions]
-    if sweep.system == "fused2d":
-        for solution, end in zip(solutions, ends, strict=True):
-            end["elements"] |= _shares(sweep, data, solution)
+        observe=lambda k, n, volume: passed[k].update({n: judge.against_truth(volume)}), **more)
+    ends = [judge.score(solution) for solution in solutions]
+    # What there is to say of the data has been said by now.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        return _finished(judge, sweeps, chosen, solutions, ends, passed)
+
+
+def _finished(judge: Judge, sweeps: Sequence[Sweep], chosen: list[Any], solutions: list[Solution], ends: list[Score],
+              passed: list[dict[int, Score]]) -> list[tuple[Solution, dict[str, Any]]]:
+    """Solutions and scores with what held-out maps say, stopped where they are best."""
+    sweep, data = judge.sweep, judge.data
     if sweep.search.objective == "heldout":
         for k, (held, stopped) in enumerate(_held_out(sweeps, data)):
             ends[k] = _merged(ends[k], held)
             passed[k] = {n: _merged(passed[k][n], stopped[n]) for n in sorted(passed[k].keys() & stopped.keys())}
-    return [_stopped(each[0], data, *each[1:]) for each in zip(sweeps, solutions, ends, passed, strict=True)]
+    return [_stopped(judge, *each) for each in zip(chosen, solutions, ends, passed, strict=True)]
 
 
 def _check_memory(sweep: Sweep, data: MultiModal, trials: int) -> None:
@@ -124,11 +146,8 @@ def _check_memory(sweep: Sweep, data: MultiModal, trials: int) -> None:
     solver = sweep.solver
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else _memory_free()
-    need = estimate.solve(
-        system=sweep.system, method=solver.method, elements=len(data.chem.elements), shape=data.shape,
-        haadf_tilts=data.haadf.tilts if data.haadf else 0, chem_tilts=data.chem.tilts, iterations=solver.iterations,
-        inner=0 if solver.method in ("ml", "sirt") else int(solver_settings(sweep).inner), coarse=solver.coarse,
-        dual_bits=solver.dual_bits, devices=solver.devices).bytes
+    need = needs.solve(sweep, elements=len(data.chem.elements), shape=data.shape, chem_tilts=data.chem.tilts,
+                       haadf_tilts=data.haadf.tilts if data.haadf else 0).bytes
     shared = solver.devices if device.platform == "cpu" else 1
     if 0 < limit < trials * shared * sum(need.values()):
         many = f"{trials} trials at once need {trials} times " if trials > 1 else "the trial needs "
@@ -144,19 +163,22 @@ def _memory_free() -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)
 
 
-def _stopped(sweep: Sweep, data: MultiModal, solution: Solution, score: Score,
+def _stopped(judge: Judge, chosen: Any, solution: Solution, score: Score,
              stops: dict[int, Score]) -> tuple[Solution, dict[str, Any]]:
-    """A trial's solution and score with its checkpoints.
+    """A trial's solution and score with its checkpoints, and what is kept beside its volume.
 
-    ML and SIRT are as good as the iteration they are stopped at: their volume and score are the best one's.
+    SIRT and ML are as good as the iteration they are stopped at: their volume and score are the best one's.
     """
     scored = [n for n in stops if stops[n]["objective"] is not None]
-    if sweep.solver.method in MAPS_ONLY and scored:
+    if chosen.method in STOPPED and scored:
         best = min(scored, key=lambda n: stops[n]["objective"])
-        score = {**stops[best], "metrics": {**stops[best]["metrics"], "best_iteration": best}}
+        held = stops[best]
         if best < solution.metrics["iterations"]:
-            early = fused3d.reconstruct(data, replace(solver_settings(sweep), iterations=best))
-            solution = replace(solution, volume=early.volume)
+            early = judge.system.reconstruct(judge.data, replace(chosen, iterations=best))
+            solution, score = replace(solution, volume=early.volume), judge.score(early)
+        score = {**held, "metrics": score["metrics"] | held["metrics"] | {"best_iteration": best},
+                 "elements": score["elements"] | held["elements"]}
+    solution = replace(solution, fields=solution.fields | judge.arrays(solution))
     return solution, {**score, "checkpoints": [{"iterations": n, **stops[n]} for n in sorted(stops)]}
 
 
@@ -185,9 +207,10 @@ def _folds(sweep: Sweep, data: MultiModal) -> Iterator[_Fold]:
     else:
         for fold in range(count):
             out = tuple(range(fold, data.chem.tilts, count))
-            yield _Fold(f"maps {', '.join(map(str, out))}", partial(fused3d.reconstruct_batch, data, held_out=out),
+            solve = partial(SYSTEMS[sweep.system].reconstruct_batch, data, held_out=out)
+            yield _Fold(f"maps {', '.join(map(str, out))}", solve,
                         lambda volume, solution, out=out: deviance(  # type: ignore[misc]
-                            data, volume, sensitivities(solution, data), out))
+                            data, volume, sensitivities(solution, data), out, solution.fields.get("tilt_factors", 1)))
 
 
 def _held_out(sweeps: Sequence[Sweep], data: MultiModal) -> list[tuple[Score, dict[int, Score]]]:
@@ -227,13 +250,18 @@ def _summary(folds: list[float]) -> Score:
     return {"objective": mean, "metrics": {"heldout": mean, "heldout_se": error, **single}, "elements": {}}
 
 
-def deviance(data: MultiModal, volume: np.ndarray, sensitivity: np.ndarray, tilts: tuple[int, ...]) -> float:
+def deviance(data: MultiModal, volume: np.ndarray, sensitivity: np.ndarray, tilts: tuple[int, ...],
+             factors: np.ndarray | float = 1) -> float:
     """Deviance per pixel of the maps at some tilts: Poisson for counts, squared error over variance otherwise.
+
+    factors: (element, tilt) that the solver multiplied the maps by.
 
     Counts are expected everywhere, FAINT of a map's mean at least: else a pixel where none are would decide alone.
     """
     index = list(tilts)
-    expected = fused3d.predict(data, volume, sensitivity)[:, index]
+    expected, background = fused3d.predict(data, volume, sensitivity), data.chem.background
+    scaled = np.broadcast_to(factors, expected.shape[:2])[..., None, None]
+    expected = ((expected - background) / scaled + background)[:, index]
     maps = data.chem.projections[:, index]
     if data.chem.units == "counts":
         expected = np.maximum(expected, FAINT * expected.mean((1, 2, 3), keepdims=True))
@@ -242,125 +270,12 @@ def deviance(data: MultiModal, volume: np.ndarray, sensitivity: np.ndarray, tilt
     return float(np.mean(((maps - expected) / noise) ** 2))
 
 
-def sensitivities(solution: Solution, data: MultiModal) -> np.ndarray:
-    """(element,) counts per voxel at concentration 1, as given or as the solver fitted them."""
-    return np.array([solution.metrics[f"sensitivity_{element}"] for element in data.chem.elements])
-
-
-AVERAGES = ("average_standard_error", "average_relative_error")
-
-
-def _against_truth(volume: np.ndarray, data: MultiModal, found: Message | None = None) -> Score:
-    """The score of a volume. found: metrics of its solution, of which averages over the map are passed on."""
-    known = {name: value for name in AVERAGES if np.isfinite(value := (found or {}).get(name, np.nan))}
-    if data.truth is None:
-        return {"objective": None, "metrics": known, "elements": {}}
-    each = metrics.nrmse_elements(volume, data.truth)
-    scale = metrics.scale_error(volume, data.truth)
-    mean = float(each.mean())
-    elements = data.chem.elements
-    if data.shape[0] == 1:
-        known |= {"share_rmse": metrics.share_rmse(volume, data.truth)}
-    return {"objective": mean if np.isfinite(mean) else None, "metrics": {"nrmse": mean, **known},
-            "elements": {"nrmse": dict(zip(elements, map(float, each), strict=True)),
-                         "scale_error": dict(zip(elements, map(float, scale), strict=True))}}
-
-
-def _shares(sweep: Sweep, data: MultiModal, solution: Solution) -> Message:
-    """Mean and sigma of each element's share in percent, of the result and of the maps as measured (flat.SHARES).
-
-    Of several phases the one with most pixels. Nothing where there are too few pixels, the solve failed, or the
-    elements' sensitivities are not known: their maps are then not on one scale.
-    """
-    if data.sensitivity is None:
-        return {}
-    try:
-        inside = region(sweep, solution.volume)
-        found: Message = {name: {} for name in flat.SHARES}
-        for words, volume in (("", solution.volume), ("_measured", np.maximum(solution.fields["measured"], 0))):
-            for element, values in zip(data.chem.elements, stoichiometry.relative(volume), strict=True):
-                peaks = stoichiometry.histogram(values[inside], sweep.output.shares.peaks).peaks
-                peak = max(peaks, key=lambda peak: peak.share)
-                found[f"share{words}"][element] = peak.mean
-                found[f"share_sigma{words}"][element] = peak.sigma
-    except DataError:
-        return {}
-    return found
-
-
 def solver_settings(sweep: Sweep) -> Any:
     """The engine's settings for the sweep's system: the YAML's `solver`, less what only a sweep knows."""
     values, kind = sweep.solver.model_dump(), SYSTEMS[sweep.system].Settings
+    if values.get("responses"):
+        values["responses"] = tuple(values["responses"][name] for name in elements(sweep))
     return kind(**{name: values[name] for name in kind.__dataclass_fields__})
-
-
-def prepared(sweep: Sweep, folder: Path) -> MultiModal:
-    """A cell's data: simulated or read once, then kept in memory and, simulated, under stages/."""
-    data, inputs = sweep.data, _inputs(sweep)
-    if isinstance(data, Measured):
-        return _Recent.get(stages.key("measured", inputs),
-                           lambda: stages.measured_data(data, flat=sweep.system == "fused2d"))
-    simulated = data
-    return _Recent.get(stages.key("simulated", inputs), lambda: _simulate(simulated, folder, inputs))
-
-
-def _inputs(sweep: Sweep) -> dict[str, Any]:
-    """All that a cell's data follow from."""
-    inputs = {"data": dump(sweep)["data"], "seed": sweep.seed}
-    if isinstance(sweep.data, Measured):
-        return inputs
-    gamma = sweep.data.gamma if sweep.data.gamma is not None else sweep.solver.gamma
-    return inputs | {"gamma": gamma, "weights": phantoms2d.WEIGHTS.get(sweep.data.phantom, sweep.solver.weights)}
-
-
-class _Recent:
-    """The last cells' data: trials of a cell stick to a worker, so a few are enough."""
-
-    kept: dict[str, MultiModal] = {}
-    limit = 3
-
-    @classmethod
-    def get(cls, name: str, make: Callable[[], MultiModal]) -> MultiModal:
-        """What is kept under a name, made if need be; the oldest goes."""
-        if name not in cls.kept:
-            while len(cls.kept) >= cls.limit:
-                cls.kept.pop(next(iter(cls.kept)))
-            cls.kept[name] = make()
-        return cls.kept[name]
-
-
-def _simulate(data: Phantom, folder: Path, inputs: dict[str, Any]) -> MultiModal:
-    """A simulated measurement; its noise follows from the sweep's seed and the data settings alone."""
-    elements = ELEMENTS[data.phantom]
-    volume = stages.truth(folder, data)
-    flat = data.phantom in phantoms2d.ELEMENTS
-    pixel = (phantoms2d.FIELD_NM[data.phantom] if flat else FIELD_NM) / data.size
-    low, high = (0.0, 0.0) if flat else data.tilt_range
-    haadf = simulate.spread((low, high), data.haadf_tilts)
-    chem = simulate.chemical_angles((low, high), data.haadf_tilts, data.chem_tilts, data.chem_angles)
-    # snr.chem scales the mean counts, and so SNR - 1, of all elements together.
-    snr = {element: 1 + data.snr["chem"] * (data.snr[element] - 1) for element in elements}
-    seed = [inputs["seed"], data.replicate, zlib.crc32(stages.key("noise", inputs).encode())]
-
-    def make() -> stages.Arrays:
-        angles: dict[str, Any] = {} if flat else {"haadf_angles": haadf, "chem_angles": chem}
-        made: MultiModal = (simulate.microscopy if flat else simulate.multimodal)(
-            volume, tuple(elements.values()), tuple(elements), pixel_size=pixel,
-            snr=snr | {"haadf": data.snr["haadf"]}, gamma=inputs["gamma"], background=data.background,
-            background_known=data.background_known, weights=inputs["weights"], seed=seed, **angles)
-        arrays = {"maps": made.chem.projections, "background": np.asarray(made.chem.background),
-                  "sensitivity": np.asarray(made.sensitivity)}
-        if made.haadf is not None:
-            arrays |= {"images": made.haadf.projections, "noise": np.asarray(made.haadf.noise)}
-        return arrays
-
-    arrays = stages.stage(folder, "simulate", inputs, make)
-    maps = TiltSeries(arrays["maps"], chem, tuple(elements), pixel, "counts", arrays["background"])
-    images = None
-    if "images" in arrays:
-        images = TiltSeries(arrays["images"], haadf, ("HAADF",), pixel, "counts" if flat else "intensity",
-                            noise=arrays["noise"])
-    return MultiModal(maps, images, tuple(elements.values()), volume.shape[1:], arrays["sensitivity"], volume)
 
 
 def _volume_name(row: dict[str, Any]) -> str:

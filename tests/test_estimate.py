@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from engine import descent, estimate, fused3d, iterate, model
+from engine import descent, estimate, fused3d, hebt, iterate, model
 from tests.specimens import simulated
 
 PAGE = f"""# Benchmarks
@@ -47,6 +47,29 @@ def test_bytes_are_those_of_the_compiled_loop(method, size, haadf, chem):
     assert sum(estimated(method, size, haadf, chem, inner).bytes.values()) == pytest.approx(planned, rel=0.15)
 
 
+@pytest.mark.parametrize(("method", "momentum", "haadf", "chem"), [
+    ("hebt", True, 31, 31), ("hebt", True, 47, 13), ("hebt", False, 31, 31), ("eds", True, 0, 5),
+    ("eds", False, 0, 13)])
+def test_bytes_of_sirt_are_those_of_the_compiled_loop(method, momentum, haadf, chem, monkeypatch):
+    data, seen = simulated(32, max(haadf, 5), chem), []
+
+    def spied(advance, problem, begun, iterations, **options):
+        seen.append((advance, problem, begun[0]))
+        run = iterate.Run(begun[0], np.int32(0), np.int32(0), np.zeros((65, 3), np.float32))
+        loop = jax.jit(iterate._advancing(advance, None), donate_argnums=(1,))
+        memory = loop.lower(problem, run, np.int32(3), np.float32(0)).compile().memory_analysis()
+        seen.append(sum(a.nbytes for a in jax.tree.leaves((problem, begun[0]))) + memory.temp_size_in_bytes)
+        return solve(advance, problem, begun, iterations, **options)
+
+    solve = hebt.solve
+    monkeypatch.setattr(hebt, "solve", spied)
+    form = "preconditioned" if momentum else "paper"
+    hebt.reconstruct(data, hebt.Settings(method, form, iterations=1))
+    need = estimate.solve(system="hebt", method=method, elements=4, shape=(32,) * 3, haadf_tilts=haadf,
+                          chem_tilts=chem, iterations=10, inner=0, momentum=momentum)
+    assert sum(need.bytes.values()) == pytest.approx(seen[-1], rel=0.15)
+
+
 def test_devices_share_the_bytes_and_not_the_seconds():
     one, four = estimated(size=64), estimated(size=64, devices=4)
     assert sum(four.bytes.values()) == pytest.approx(sum(one.bytes.values()) / 4, rel=1e-6)
@@ -64,6 +87,6 @@ def test_seconds_are_scaled_from_the_nearest_measured_solve():
 
 
 def test_other_systems_are_refused():
-    with pytest.raises(ValueError, match="no estimate for system hebt"):
-        estimate.solve(system="hebt", method="fused", elements=1, shape=(8, 8, 8), haadf_tilts=1, chem_tilts=1,
+    with pytest.raises(ValueError, match="no estimate for system mset"):
+        estimate.solve(system="mset", method="fused", elements=1, shape=(8, 8, 8), haadf_tilts=1, chem_tilts=1,
                        iterations=1, inner=0)

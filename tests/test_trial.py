@@ -9,12 +9,12 @@ import pytest
 import zarr
 
 from engine import estimate, fused2d, fused3d, iterate, metrics
-from sweeps import stages, trial
+from sweeps import specimens, stages, trial
 from sweeps.schema import Fused3D
 from sweeps.settings import dump, load
 
 KEYS = {"cell", "trial", "attempt", "status", "objective", "metrics", "elements", "checkpoints", "iterations",
-        "seconds", "batch", "worker", "volume"}
+        "seconds", "batch", "worker", "volume", "notes"}
 ELEMENTS = ("Co", "Cu", "O", "Au")
 
 
@@ -48,7 +48,7 @@ def evaluate(folder, number=0, **changes):
 @pytest.fixture(autouse=True)
 def nothing_in_memory(monkeypatch):
     """Each test reads its data anew, as a fresh worker does."""
-    monkeypatch.setattr(trial._Recent, "kept", {})
+    monkeypatch.setattr(specimens._Recent, "kept", {})
 
 
 def maps(folder, **changes):
@@ -131,7 +131,7 @@ def test_data_are_kept_in_stages_and_a_torn_file_is_made_again(tmp_path):
     kept = sorted(tmp_path.glob("stages/simulate-*.npz"))
     assert len(kept) == 1 and len(list(tmp_path.glob("stages/truth-*.npz"))) == 1
     kept[0].write_bytes(kept[0].read_bytes()[:100])
-    trial._Recent.kept.clear()
+    specimens._Recent.kept.clear()
     again = maps(tmp_path)
     np.testing.assert_array_equal(first[0], again[0])
     assert not list(tmp_path.glob("stages/*.partial"))
