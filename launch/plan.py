@@ -105,22 +105,32 @@ def plan(sweep: Sweep) -> Plan:
 
 
 TABLES = 60  # arrays of atlas.zarr besides those of axes, tunables and folds, of which there are up to two and two more
+FRACTIONS = 28  # of them, that weight fractions add
+# Arrays beside each volume: of a number for each voxel and element, and others; of a system, and of weight fractions.
+FIELDS = {"fused3d": (0, 0), "fused2d": (3, 1), "hebt": (1, 1), "fractions": (2, 1)}
 HISTORIES = 4  # of a solve's cost, in every volume
 FIXED = 20  # journal, summary, settings, the report and its figures
 
 
 def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
-    """How many files a run leaves at most. An array is its metadata and one file for each element, or one.
+    """How many files a run leaves at most. An array is its metadata and one file for each element and slab, or one.
 
     A winner's volume lies in the atlas and in volumes/, where a disk can as one file of two names.
     """
-    volume = 2 + max(len(cost.extent.elements) for cost in costs) + 2 * HISTORIES
+    from sweeps import stages
+
+    each = max(len(cost.extent.elements) * -(-cost.extent.shape[0] // stages.planes(cost.extent.shape))
+               for cost in costs)
+    fractions = sweep.output.fractions is not None
+    large, small = map(sum, zip(FIELDS[sweep.system], FIELDS["fractions"] if fractions else (0, 0)))
+    volume = 1 + (1 + large) * (1 + each) + 2 * (small + HISTORIES)
     published = len(costs) if kept else 0
     folds = sweep.search.folds + 2 if sweep.search.objective == "heldout" else 0
     sizes = {(cost.extent.elements, cost.extent.shape) for cost in costs}
+    varied = len(grid.axes(sweep)) + len(list(tunables(sweep)))
     return {
         "volumes": (kept + published) * volume,
-        "tables": 2 * (TABLES + 2 * (len(grid.axes(sweep)) + len(list(tunables(sweep))) + folds)),
+        "tables": 2 * (TABLES + FRACTIONS * fractions + 2 * (varied + folds)),
         "prepared data": 0 if isinstance(sweep.data, Measured) else len(costs) + len(sizes),
         "best settings": len(costs),
         "others": FIXED,

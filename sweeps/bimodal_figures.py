@@ -121,6 +121,14 @@ def _style(k: int) -> str:
     return ("-", "--", ":", "-.")[k % 4]
 
 
+def haadf(volume: np.ndarray, voxel: float) -> Figure:
+    """The middle plane across the tilt axis of HAADF per voxel (z, y, x), up to its 99.8th percentile."""
+    plane = volume[:, :, volume.shape[2] // 2]
+    note = "Central plane across the tilt axis: y across,\nz (the beam at 0 degrees) up.\nColour: HAADF per voxel"
+    return figures.slices([figures.Picture("HAADF alone", plane[None], {})],
+                          {"HAADF": float(np.percentile(plane, 99.8))}, voxel, note)
+
+
 def profiles(groups: Mapping[float, Any], names: Sequence[str], row: int, truth: np.ndarray | None) -> Figure:
     """Along y, of a few alphas: weight fractions of each element in the middle plane."""
     alphas = np.array(sorted(groups))

@@ -186,6 +186,9 @@ def _solid(run: Run) -> Iterator[tuple[str, str, Figure]]:
               and tuple(kept[cell.id].attrs["elements"]) == elements]
     truth = _truth(run, chosen[-1].sweep, elements, shape[1:])
     yield from _slices(run, kept, chosen, truth)
+    if "field_haadf" in best:
+        yield ("haadf", f"SIRT of the HAADF images alone, {run.sweep.output.haadf} iterations (HEBT, Fig. 7).",
+               bimodal_figures.haadf(best["field_haadf"][:], float(np.min(best.attrs["voxel_nm"]))))
     weight = bimodal_figures.true_weight(given, truth, elements) if given else None
     if given and "field_weight" in best:
         pictures = {"truth": weight} if weight is not None else {}

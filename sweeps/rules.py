@@ -47,6 +47,8 @@ def conflicts(sweep: Sweep) -> Iterator[Problem]:
         yield from _measured(data, sweep)
     if isinstance(solver, Hebt):
         yield from _hebt(solver, elements(sweep))
+    elif sweep.output.haadf:
+        yield ("output", "haadf"), "is for hebt alone"
     if sweep.output.fractions is not None:
         yield from _fractions(sweep.output.fractions, elements(sweep))
     if tunables(sweep) and search.strategy == "per_cell" and search.trials < search.initial:

@@ -240,6 +240,8 @@ class Output(Model):
 
     save: Literal["none", "best", "all"] = setting("best", "-", "volumes: none, each cell's best, or all")
     shares: Shares = setting(Shares(), "-", "fused2d: region and histogram of the concentrations in percent")
+    haadf: int = setting(
+        0, "iterations", "hebt: SIRT of the HAADF images alone, kept beside each volume; HEBT has 50; 0: none", ge=0)
     fractions: Fractions | None = setting(
         None, "-", "fused3d and hebt: weight and atomic fractions of the volumes",
         examples=["{by: tables, beam: 200.0}"])

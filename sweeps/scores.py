@@ -71,7 +71,15 @@ class Judge:
     def arrays(self, solution: Solution) -> dict[str, np.ndarray]:
         """What is kept beside the volume because the sweep asks for it."""
         found = self._quantified(solution)
-        return fractions.arrays(found) if found else {}
+        return (fractions.arrays(found) if found else {}) | self._haadf_alone
+
+    @cached_property
+    def _haadf_alone(self) -> dict[str, np.ndarray]:
+        """SIRT of the images, (z, y, x) of HAADF per voxel, for reference (HEBT, Fig. 7)."""
+        count = self.sweep.output.haadf
+        if not count or self.data.haadf is None:
+            return {}
+        return {"haadf": hebt.reconstruct(self.data, hebt.Settings("haadf", "paper", iterations=count)).volume[0]}
 
     def _quantified(self, solution: Solution) -> Quantified | None:
         """Fractions of a solution; None where they are not asked for, or nothing can be told."""

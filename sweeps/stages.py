@@ -24,6 +24,7 @@ from sweeps.schema import Particle, Phantom
 from sweeps.sources import Measured, Source, Volume
 
 Arrays = dict[str, np.ndarray]
+CHUNK = 1 << 23  # voxels: few files, and slabs of many volumes fit into memory together (sweeps.volumes)
 
 
 def key(name: str, inputs: dict[str, Any]) -> str:
@@ -72,6 +73,11 @@ def truth(folder: Path, data: Phantom | Particle) -> np.ndarray:
         return {"volume": phantom(data.phantom, (data.size,) * 3, FIELD_NM / data.size)}
 
     return stage(folder, "truth", inputs, make)["volume"]
+
+
+def planes(shape: tuple[int, ...]) -> int:
+    """How many planes along z of a volume (z, y, x) one file of it holds."""
+    return max(1, min(shape[0], CHUNK // (shape[1] * shape[2])))
 
 
 def extent(data: Phantom | Particle) -> tuple[int, int, int]:

@@ -28,7 +28,6 @@ from sweeps.specimens import candidates, inputs, prepared
 Message = dict[str, Any]
 VOLUME_AXES = ("element", "z", "y", "x")
 FAINT = 0.01
-CHUNK = 1 << 23  # voxels: few files, and slabs of many volumes fit into memory together (sweeps.volumes)
 EMPTY: dict[str, Any] = {"status": "ok", "objective": None, "metrics": {}, "elements": {}, "checkpoints": [],
                          "iterations": 0, "seconds": 0.0, "batch": 1, "worker": "", "volume": None, "notes": []}
 
@@ -278,6 +277,16 @@ def solver_settings(sweep: Sweep) -> Any:
     return kind(**{name: values[name] for name in kind.__dataclass_fields__})
 
 
+def _axes(field: str, shape: tuple[int, ...], volume: tuple[int, ...]) -> tuple[str, ...]:
+    """Names of a field's axes: the volume's where it has them, in front perhaps fewer elements."""
+    count = len(shape)
+    if shape == volume[-count:]:
+        return VOLUME_AXES[-count:]
+    if shape[1:] == volume[1:]:
+        return (f"{field}_element", *VOLUME_AXES[1:])
+    return tuple(f"{field}_{axis}" for axis in range(count))
+
+
 def _volume_name(row: dict[str, Any]) -> str:
     return f"volumes/{row['cell']}-{row['trial']}-{row['attempt']}.zarr"
 
@@ -288,12 +297,12 @@ def _write_volume(folder: Path, name: str, sweep: Sweep, solution: Solution) -> 
 
     group = zarr.open_group(folder / name, mode="w", zarr_format=3)
     volume = solution.volume
-    planes = max(1, min(volume.shape[1], CHUNK // (volume.shape[2] * volume.shape[3])))
-    group.create_array("volume", data=volume, chunks=(1, planes, *volume.shape[2:]), dimension_names=VOLUME_AXES)
+    slab = (1, stages.planes(volume.shape[1:]), *volume.shape[2:])
+    group.create_array("volume", data=volume, chunks=slab, dimension_names=VOLUME_AXES)
     for field, array in solution.fields.items():
-        names = VOLUME_AXES[-array.ndim:] if array.shape == volume.shape[-array.ndim:] else (
-            f"{field}_{axis}" for axis in range(array.ndim))
-        group.create_array(f"field_{field}", data=array, dimension_names=tuple(names))
+        alike = array.shape[-3:] == volume.shape[1:]
+        group.create_array(f"field_{field}", data=array, chunks=slab[-array.ndim:] if alike else array.shape,
+                           dimension_names=_axes(field, array.shape, volume.shape))
     for term, values in solution.history.items():
         group.create_array(f"history_{term}", data=values.astype(np.float64), dimension_names=("iteration",))
     data = prepared(sweep, folder)

@@ -118,6 +118,15 @@ def test_a_trial_is_kept_at_its_best_n_and_scored_there(tmp_path):
     assert row["elements"]["nrmse"]["Ag"] == pytest.approx(np.sqrt(2 - 2 * row["elements"]["ssim"]["Ag"]), abs=1e-4)
 
 
+def test_the_images_alone_are_kept_for_reference(tmp_path):
+    given = sweep(output__haadf=30)
+    kept = volumes(tmp_path, solved(tmp_path, given))
+    data = trial.prepared(given, tmp_path)
+    shown = np.tensordot([line.elastic for line in physics.emissions(NAMES, 100.0, phantoms_hebt.LINES)], data.truth, 1)
+    assert kept["field_haadf"].shape == data.shape
+    assert metrics.correlation(kept["field_haadf"], shown) > metrics.correlation(kept["volume"].sum(0), shown) > 0.9
+
+
 def test_given_ratios_go_to_the_elements_they_are_named_for(tmp_path):
     given = sweep(solver__responses={"Au": 3.0, "Ag": 2.0})
     assert trial.solver_settings(given).responses == (2.0, 3.0)
@@ -296,6 +305,7 @@ def test_alpha_without_the_maps_alone_still_has_its_curves(tmp_path):
     ({"output": {"fractions": {"by": "tables"}}}, "write beam: 200.0"),
     ({"output": {"fractions": {"over": ["Zn"]}}}, "there are no maps of Zn; there are Ag, Au"),
     ({"output": {"shares": {"peaks": 2}}}, "is for fused2d alone"),
+    ({"system": "fused3d", "output": {"haadf": 50}}, "is for hebt alone"),
 ])
 def test_what_does_not_fit_is_refused_in_words(changes, words):
     with pytest.raises(SettingsError, match=words):

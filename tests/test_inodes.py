@@ -27,12 +27,34 @@ search: {trials: 4, initial: 3}
 """
 
 
+BIMODAL = """\
+name: small
+system: hebt
+data: {phantom: agau, size: 16, planes: 4}
+grid: {data.dose: [3.0e7, 3.0e8]}
+solver: {iterations: 5, record: [2, 5], tilts: haadf, alpha: {low: 0.2, high: 0.9}}
+search: {trials: 4, initial: 3}
+output: {fractions: {by: atoms}}
+"""
+MAPS = """\
+name: small
+system: fused2d
+data: {phantom: coscoo, size: 16}
+grid: {data.snr.chem: [1, 4]}
+solver: {iterations: 5, lambda_tv: {low: 1e-3, high: 1e1, scale: log}}
+search: {trials: 4, initial: 3}
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [("output.save=all",), ("output.save=none",),
-                                     ("output.save=best", "search.objective=heldout", "search.folds=2")], ids=str)
-def test_a_run_leaves_no_more_files_than_check_has_said(changes, tmp_path):
+@pytest.mark.parametrize(("yaml", "changes"), [
+    (SWEEP, ("output.save=all",)), (SWEEP, ("output.save=none",)),
+    (SWEEP, ("output.save=best", "search.objective=heldout", "search.folds=2")),
+    (BIMODAL, ("output.save=all",)), (MAPS, ("output.save=best",))],
+    ids=["all", "none", "best", "bimodal", "maps"])
+def test_a_run_leaves_no_more_files_than_check_has_said(yaml, changes, tmp_path):
     path = tmp_path / "small.yaml"
-    path.write_text(SWEEP)
+    path.write_text(yaml)
     said = told("check", path, *(word for change in changes for word in ("--set", change)))[1]
     most = int(re.search(r"^files +([\d,]+) at most", said, re.M)[1].replace(",", ""))
     sweep, folder = settings.load(path, list(changes)), RunFolder(tmp_path / "out")
