@@ -35,11 +35,11 @@ LOG = {"scale": "log"}
 RIVALS: dict[str, dict[str, Any]] = {
     "maps alone": {"system": "hebt", "solver": {"method": "eds", "form": "paper", "prefilter": PREFILTER} | STOPPED},
     "HEBT": {"system": "hebt", "solver": {
-        "alpha": {"low": 0.1, "high": 0.98}, "differences": {"low": 0.01, "high": 1.0} | LOG, "prefilter": PREFILTER,
+        "alpha": {"low": 0.1, "high": 0.995}, "differences": {"low": 0.01, "high": 1.0} | LOG, "prefilter": PREFILTER,
         "iterations": 100, "record": [5, 7, 10, 15, 20, 30, 40, 60, 80, 100]}},
     "fused 3D": {"system": "fused3d", "solver": {
         "weights": "z_gamma_linear", "gamma": {"low": 1.0, "high": 2.0},
-        "lambda_model": {"low": 1e-3, "high": 1e3} | LOG, "lambda_tv": {"low": 1e-2, "high": 1e2} | LOG}},
+        "lambda_model": {"low": 1e-3, "high": 1e2} | LOG, "lambda_tv": {"low": 1e-1, "high": 1e3} | LOG}},
 }
 RIVAL_DATA = {"phantom": "agau", "size": 64}
 RIVAL_TRIALS = 30
