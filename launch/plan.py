@@ -101,15 +101,23 @@ def plan(sweep: Sweep) -> Plan:
     largest = max(cost.extent.volume for cost in costs)
     truths = 0 if isinstance(sweep.data, Measured) else largest
     stages = sum(cost.extent.projections for cost in costs) + truths
-    return Plan(sweep, costs, list(series), kept * largest, stages, _files(sweep, costs, kept))
+    volumes = kept * (1 + _fields(sweep)[0]) * largest
+    return Plan(sweep, costs, list(series), volumes, stages, _files(sweep, costs, kept))
 
 
 TABLES = 60  # arrays of atlas.zarr besides those of axes, tunables and folds, of which there are up to two and two more
 FRACTIONS = 28  # of them, that weight fractions add
 # Arrays beside each volume: of a number for each voxel and element, and others; of a system, and of weight fractions.
-FIELDS = {"fused3d": (0, 0), "fused2d": (3, 1), "hebt": (1, 1), "fractions": (2, 1)}
+FIELDS = {"fused3d": (0, 0), "fused2d": (3, 1), "hebt": (0, 1), "fractions": (2, 1)}
 HISTORIES = 4  # of a solve's cost, in every volume
 FIXED = 20  # journal, summary, settings, the report and its figures
+
+
+def _fields(sweep: Sweep) -> tuple[int, int]:
+    """How many arrays lie beside a volume, of its size at most and of a few numbers."""
+    large, small = FIELDS[sweep.system]
+    more = FIELDS["fractions"] if sweep.output.fractions else (0, 0)
+    return large + more[0] + bool(sweep.output.haadf), small + more[1]
 
 
 def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
@@ -121,8 +129,7 @@ def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
 
     each = max(len(cost.extent.elements) * -(-cost.extent.shape[0] // stages.planes(cost.extent.shape))
                for cost in costs)
-    fractions = sweep.output.fractions is not None
-    large, small = map(sum, zip(FIELDS[sweep.system], FIELDS["fractions"] if fractions else (0, 0)))
+    large, small = _fields(sweep)
     volume = 1 + (1 + large) * (1 + each) + 2 * (small + HISTORIES)
     published = len(costs) if kept else 0
     folds = sweep.search.folds + 2 if sweep.search.objective == "heldout" else 0
@@ -130,7 +137,7 @@ def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
     varied = len(grid.axes(sweep)) + len(list(tunables(sweep)))
     return {
         "volumes": (kept + published) * volume,
-        "tables": 2 * (TABLES + FRACTIONS * fractions + 2 * (varied + folds)),
+        "tables": 2 * (TABLES + (FRACTIONS if sweep.output.fractions else 0) + 2 * (varied + folds)),
         "prepared data": 0 if isinstance(sweep.data, Measured) else len(costs) + len(sizes),
         "best settings": len(costs),
         "others": FIXED,
