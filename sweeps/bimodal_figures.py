@@ -126,7 +126,7 @@ def haadf(volume: np.ndarray, voxel: float) -> Figure:
     plane = volume[:, :, volume.shape[2] // 2]
     note = "Central plane across the tilt axis: y across,\nz (the beam at 0 degrees) up.\nColour: HAADF per voxel"
     return figures.slices([figures.Picture("HAADF alone", plane[None], {})],
-                          {"HAADF": float(np.percentile(plane, 99.8))}, voxel, note)
+                          {"": float(np.percentile(plane, 99.8))}, voxel, note)
 
 
 def profiles(groups: Mapping[float, Any], names: Sequence[str], row: int, truth: np.ndarray | None) -> Figure:
