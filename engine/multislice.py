@@ -1,0 +1,167 @@
+"""Multislice: a focused probe passes a specimen slice by slice, and its far field is what a detector sees.
+
+A slice turns the wave's phase, t = exp(i phase), and empty space carries it on to the next, psi <- F^-1 P F t psi
+(Lee et al., Multislice Electron Tomography using 4D-STEM, Eq. 4). A slice acts at its middle: the probe starts half a
+slice in front of the first, so that thick and thin slices, and one alone, show a specimen at the same height.
+
+|t| = |P| = 1: the wave in front of a slice follows from the one behind it. `error_and_gradient` therefore keeps no
+wave on the way forth and rebuilds each on the way back, beside the residual's (Eq. B5). A band limit spoils that:
+with one, waves are stored.
+
+Waves are complex64 (probe, y, x) of unit sum of squares; transforms are unitary, and detectors are in the transform's
+order, frequency 0 first. Lengths in nm, frequencies in 1/nm, phases in rad.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import constants
+
+from engine.data import DataError
+
+_REST = constants.m_e * constants.c**2 / constants.e  # [V] rest energy of an electron
+BYTES = 2**21  # of one batch's waves: two such batches stay in a core's cache
+FLOOR = 1e-12  # below it, a far field has no phase worth keeping; a beam's mean amplitude is 1 / n
+
+
+@dataclass(frozen=True)
+class Optics:
+    """What forms the probe: acceleration [kV], semi-angle of the aperture [mrad], aberrations [nm].
+
+    defocus is -C1: at -20 nm the beam's crossover lies 20 nm before the entrance face, where the volume begins.
+    """
+
+    voltage: float = 300.0
+    aperture: float = 21.0
+    defocus: float = -20.0
+    c3: float = 0.0
+    c5: float = 0.0
+
+    @property
+    def wavelength(self) -> float:
+        """[nm], relativistic."""
+        volts = self.voltage * 1e3
+        momentum = np.sqrt(2 * constants.m_e * constants.e * volts * (1 + volts / (2 * _REST)))
+        return float(constants.h / momentum * 1e9)
+
+    @property
+    def interaction(self) -> float:
+        """sigma [rad / (V nm)]: the phase that a volt adds along a nanometre."""
+        volts = self.voltage * 1e3
+        return 2 * np.pi / (self.wavelength * volts) * (_REST + volts) / (2 * _REST + volts)
+
+
+class Beam(NamedTuple):
+    """spectrum: of the probe at the field's centre, half a slice before the first. propagator: from slice to slice."""
+
+    spectrum: jax.Array  # (y, x), complex64
+    propagator: jax.Array  # (y, x), complex64
+    pixel: jax.Array  # [nm]
+
+
+def frequencies(size: int, pixel: float) -> np.ndarray:
+    """(y, x) squared lengths [1 / nm^2] of the frequencies of a square field."""
+    axis = np.fft.fftfreq(size, pixel)
+    return axis[:, None] ** 2 + axis[None, :] ** 2
+
+
+def propagator(size: int, pixel: float, wavelength: float, distance: float) -> np.ndarray:
+    """P = exp(-i pi lambda q^2 dz) of free space (Eq. 4), complex128."""
+    return np.exp(-1j * np.pi * wavelength * distance * frequencies(size, pixel))
+
+
+def aberration(q2: np.ndarray, optics: Optics) -> np.ndarray:
+    """chi(q) [rad] (Eq. 3), from squared frequencies."""
+    s2 = optics.wavelength**2 * q2
+    return 2 * np.pi / optics.wavelength * (-optics.defocus * s2 / 2 + optics.c3 * s2**2 / 4 + optics.c5 * s2**3 / 6)
+
+
+def beam(size: int, pixel: float, optics: Optics, thickness: float, band_limit: float | None = None) -> Beam:
+    """The probe of a field of `size` pixels, and what carries it over slices of `thickness` [nm].
+
+    band_limit: share of the highest frequency of either axis beyond which waves are cut off (2 / 3 is safe from
+    aliasing); None for none. Raises DataError where the aperture does not fit the sampling.
+    """
+    q2 = frequencies(size, pixel)
+    edge = (optics.aperture * 1e-3 / optics.wavelength) ** 2
+    limit = (band_limit or 1.0) / (2 * pixel)
+    if edge >= limit**2:
+        raise DataError(f"an aperture of {optics.aperture:g} mrad lets {np.sqrt(edge):.3g} 1/nm pass and pixels of "
+                        f"{pixel:g} nm hold {limit:.3g} 1/nm; use smaller pixels or a smaller aperture")
+    start = propagator(size, pixel, optics.wavelength, thickness / 2)
+    spectrum = (q2 <= edge) * np.exp(-1j * aberration(q2, optics)) * start
+    spectrum /= np.linalg.norm(spectrum)
+    carry = propagator(size, pixel, optics.wavelength, thickness)
+    if band_limit is not None:
+        carry = carry * (q2 <= limit**2)
+    return Beam(jnp.asarray(spectrum, jnp.complex64), jnp.asarray(carry, jnp.complex64), jnp.float32(pixel))
+
+
+def probes(beam: Beam, positions: jax.Array) -> jax.Array:
+    """Waves (probe, y, x) of probes at positions (probe, 2), y and x [nm] from the field's centre, (n - 1) / 2."""
+    size = beam.spectrum.shape[0]
+    turns = (positions / beam.pixel + (size - 1) / 2)[..., None] * jnp.asarray(np.fft.fftfreq(size), jnp.float32)
+    # Whole turns are taken off before the exponential: far positions would cost single precision its digits.
+    ramps = jnp.exp(-2j * jnp.pi * (turns - jnp.round(turns)))
+    return jnp.fft.ifft2(beam.spectrum * ramps[:, 0, :, None] * ramps[:, 1, None, :], norm="ortho")
+
+
+def exit_waves(waves: jax.Array, phases: jax.Array, carry: jax.Array) -> jax.Array:
+    """Waves (probe, y, x) one slice behind the last of the slices `phases` (slice, y, x)."""
+
+    def passed(psi: jax.Array, phase: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.fft.ifft2(carry * jnp.fft.fft2(jnp.exp(1j * phase) * psi)), None
+
+    return jax.lax.scan(passed, waves, phases)[0]
+
+
+def far_field(waves: jax.Array, phases: jax.Array, carry: jax.Array) -> jax.Array:
+    """The complex wave (probe, qy, qx) on the detector."""
+    return jnp.fft.fft2(exit_waves(waves, phases, carry), norm="ortho")
+
+
+def amplitude_error(waves: jax.Array, phases: jax.Array, carry: jax.Array, amplitudes: jax.Array,
+                    weights: jax.Array) -> jax.Array:
+    """sum w (|far field| - amplitude)^2 over probes and pixels (Eq. 5). weights: broadcastable to amplitudes."""
+    return (weights * (jnp.abs(far_field(waves, phases, carry)) - amplitudes) ** 2).sum()
+
+
+def stored_gradient(waves: jax.Array, phases: jax.Array, carry: jax.Array, amplitudes: jax.Array,
+                    weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`error_and_gradient` for any propagator, by JAX's own adjoint: every slice's waves are stored."""
+    return jax.value_and_grad(amplitude_error, argnums=1)(waves, phases, carry, amplitudes, weights)
+
+
+def error_and_gradient(waves: jax.Array, phases: jax.Array, carry: jax.Array, amplitudes: jax.Array,
+                       weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`amplitude_error` and its gradient (slice, y, x) with respect to the phases, without storing waves.
+
+    carry: of modulus 1, without a band limit.
+    """
+    behind = exit_waves(waves, phases, carry)
+    field = jnp.fft.fft2(behind, norm="ortho")
+    length = jnp.abs(field)
+    misfit = length - amplitudes
+    # A zero has no phase: its residual is left out, as its derivative does not exist.
+    residual = jnp.where(length > FLOOR, weights * misfit / jnp.maximum(length, FLOOR), 0) * field
+    back = jnp.conj(carry)
+
+    def returned(both: jax.Array, phase: jax.Array) -> tuple[jax.Array, jax.Array]:
+        psi, chi = both = jnp.fft.ifft2(back * jnp.fft.fft2(both))
+        gradient = 2 * (psi.real * chi.imag - psi.imag * chi.real).sum(0)
+        return jnp.exp(-1j * phase) * both, gradient
+
+    start = jnp.stack([behind, jnp.fft.ifft2(residual, norm="ortho")])
+    return (weights * misfit**2).sum(), jax.lax.scan(returned, start, phases, reverse=True)[1]
+
+
+def batches(probe_count: int, size: int, most: int = BYTES) -> tuple[int, int]:
+    """How many batches, and probes in each, so that a batch's waves take at most so many bytes; the last is padded."""
+    each = max(1, min(probe_count, most // (8 * size * size)))
+    count = -(-probe_count // each)
+    return count, -(-probe_count // count)
