@@ -1,0 +1,123 @@
+"""Rotation of volumes (z, y, x) by Fourier shears: no blur, and the inverse is the adjoint.
+
+A turn of a plane is a number of quarter turns, which only permute voxels, and a rest of at most 45 degrees, which is
+three shears (M. Unser, P. Thevenaz, L. Yaroslavsky, IEEE Trans. Image Process. 4, 1371 (1995)): each shifts lines by
+amounts that grow with their distance from the centre, (n - 1) / 2. Shifts are periodic, so what lies within 0.46 n of
+the axis stays whole, and what lies farther out wraps around.
+
+Euler angles (about z, about y, about x): the specimen is turned first about z, then about y, then about x, each axis
+fixed in the microscope. A positive angle turns +z toward +y about x, the tilt axis; +x toward +z about y; +y toward
++x about z. A tilt series is (0, 0, tilt): a voxel at (z, y) comes to y' = y cos + z sin, as in `engine.data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.data import DataError
+
+# About x, y and z: the axes (from, to) of a volume (z, y, x) that a positive angle turns into each other.
+_PLANES = {"x": (0, 1), "y": (2, 0), "z": (1, 2)}
+_ORDER = "zyx"
+
+
+def matrix(angles: Sequence[float] | np.ndarray) -> np.ndarray:
+    """(3, 3) for positions (z, y, x): what Euler angles [deg] do to them, position' = matrix @ position."""
+    found = np.eye(3)
+    for axis, angle in zip(_ORDER, np.radians(np.asarray(angles, np.float64))):
+        start, end = _PLANES[axis]
+        turn = np.eye(3)
+        turn[start, start] = turn[end, end] = np.cos(angle)
+        turn[end, start], turn[start, end] = np.sin(angle), -np.sin(angle)
+        found = turn @ found
+    return found
+
+
+def euler(turn: np.ndarray) -> np.ndarray:
+    """Euler angles [deg] whose `matrix` is the rotation (3, 3) given; where about y is +-90, about x is 0."""
+    about_y = np.arcsin(np.clip(-turn[2, 0], -1, 1))
+    if abs(turn[2, 0]) < 1 - 1e-12:
+        about_x, about_z = np.arctan2(turn[1, 0], turn[0, 0]), np.arctan2(turn[2, 1], turn[2, 2])
+    else:
+        about_x, about_z = 0.0, np.arctan2(-turn[1, 2], turn[1, 1])
+    return np.degrees([about_z, about_y, about_x])
+
+
+def about(axis: Sequence[float], angle: float) -> np.ndarray:
+    """Euler angles [deg] of a turn by `angle` [deg] about any axis (z, y, x); about x it is (0, 0, angle)."""
+    length = float(np.linalg.norm(axis))
+    if length == 0:
+        raise DataError("a rotation about an axis of length 0 means nothing; give a direction (z, y, x)")
+    z, y, x = np.asarray(axis, np.float64) / length
+    cross = np.array([[0, x, -y], [-x, 0, z], [y, -z, 0]])
+    turn = np.radians(angle)
+    return euler(np.eye(3) - np.sin(turn) * cross + (1 - np.cos(turn)) * cross @ cross)
+
+
+def rotate(volume: jax.Array, angles: jax.Array) -> jax.Array:
+    """The volume (z, y, x) turned by Euler angles [deg]. Axes that turn into each other must be of one length."""
+    for k, axis in enumerate(_ORDER):
+        volume = _turned(volume, axis, angles[k])
+    return volume
+
+
+def rotate_back(volume: jax.Array, angles: jax.Array) -> jax.Array:
+    """Inverse and adjoint of `rotate`."""
+    for k in reversed(range(3)):
+        volume = _turned(volume, _ORDER[k], angles[k], back=True)
+    return volume
+
+
+def tilt(volume: jax.Array, angle: jax.Array) -> jax.Array:
+    """`rotate` about x alone; z and y must be of one length."""
+    return _turned(volume, "x", angle)
+
+
+def _turned(volume: jax.Array, axis: str, angle: jax.Array, back: bool = False) -> jax.Array:
+    start, end = _PLANES[axis]
+    if volume.shape[start] != volume.shape[end]:
+        raise DataError(f"a volume of shape {volume.shape} (z, y, x) cannot be turned about {axis}: the two axes "
+                        "across it must be of one length; pad the shorter")
+    quarters = jnp.round(angle / 90)
+    rest = jnp.radians(angle - 90 * quarters)
+    quarters = quarters.astype(jnp.int32)
+    if back:  # in reverse order: shears along other axes are other shears, though the turn is the same
+        return _quarter(_sheared(volume, -rest, start, end), -quarters % 4, start, end)
+    return _sheared(_quarter(volume, quarters % 4, start, end), rest, start, end)
+
+
+def _quarter(volume: jax.Array, quarters: jax.Array, start: int, end: int) -> jax.Array:
+    """So many quarter turns, each of which brings +start to +end."""
+    turns = [lambda v, k=k: jnp.rot90(v, k, (start, end)) for k in range(4)]
+    return jax.lax.switch(quarters, turns, volume)
+
+
+def _sheared(volume: jax.Array, angle: jax.Array, start: int, end: int) -> jax.Array:
+    """A turn by at most 45 degrees: shears along end, start and end. One by 0 costs nothing."""
+
+    def turned(volume: jax.Array) -> jax.Array:
+        half, full = jnp.tan(angle / 2), jnp.sin(angle)
+        volume = _shear(volume, half, along=end, by=start)
+        volume = _shear(volume, -full, along=start, by=end)
+        return _shear(volume, half, along=end, by=start)
+
+    return jax.lax.cond(angle == 0, lambda v: v, turned, volume)
+
+
+def _shear(volume: jax.Array, slope: jax.Array, along: int, by: int) -> jax.Array:
+    """Lines along one axis, shifted by slope times their distance from the centre along another."""
+    size = volume.shape[along]
+    shift = slope * (jnp.arange(volume.shape[by]) - (volume.shape[by] - 1) / 2)
+    ramp = jnp.exp(-2j * jnp.pi * shift[:, None] * jnp.arange(size // 2 + 1) / size)
+    if size % 2 == 0:
+        # Half of the highest frequency's phases are lost in real numbers: it keeps its size, so that shears stay
+        # orthogonal, and takes the sign of the nearest whole shift.
+        ramp = ramp.at[:, -1].set(jnp.where(jnp.round(shift) % 2 == 0, 1.0, -1.0))
+    shape = [1, 1, 1]
+    shape[by], shape[along] = ramp.shape
+    ramp = (ramp if by < along else ramp.T).reshape(shape)
+    return jnp.fft.irfft(jnp.fft.rfft(volume, axis=along) * ramp, n=size, axis=along)
