@@ -1,0 +1,60 @@
+"""A few atoms' worth of patterns for tests of multislice tomography, made without tables of scattering factors.
+
+As a program it prints, as JSON, relative distances between solves on one device and on two.
+"""
+
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+
+from engine.diffraction import DiffractionSeries
+from engine.multislice import Optics, beam, far_field, probes
+from engine.rotation import rotate
+from tests.specimens import distance
+
+SIZE, PIXEL = 16, 0.04
+OPTICS = Optics(defocus=-8.0)
+ANGLES = np.array([-80.0, -50.0, -20.0, 10.0, 40.0, 70.0])
+ATOMS = ((0.08, 0.02, -0.1, 900), (-0.12, 0.06, 0.05, 600), (0.02, -0.14, 0.1, 900))  # z, y, x [nm], peak [V]
+
+
+def truth(strength: float = 1.0) -> np.ndarray:
+    """The potential (z, y, x) [V]: three Gaussians that the pixels resolve."""
+    axis = (np.arange(SIZE) - (SIZE - 1) / 2) * PIXEL
+    volume = np.zeros((SIZE,) * 3, np.float32)
+    for *place, height in ATOMS:
+        z, y, x = (np.exp(-((axis - p) ** 2) / (2 * 0.05**2)) for p in place)
+        volume += strength * height * z[:, None, None] * y[None, :, None] * x[None, None, :]
+    return volume
+
+
+def measured(strength: float = 1.0) -> DiffractionSeries:
+    """Patterns of 3 x 3 probes at six tilts, on the reconstruction's own grid."""
+    made = beam(SIZE, PIXEL, OPTICS, PIXEL)
+    step = SIZE * PIXEL / 3
+    at = np.stack(np.meshgrid(*[(np.arange(3) - 1) * step] * 2, indexing="ij"), -1).reshape(-1, 2)
+    waves = probes(made, jnp.asarray(at, jnp.float32))
+    phase = jnp.asarray(OPTICS.interaction * PIXEL * truth(strength))
+    turned = (rotate(phase, jnp.asarray([0, 0, angle], jnp.float32)) for angle in ANGLES)
+    patterns = np.stack([np.abs(far_field(waves, v, made.propagator)) ** 2 for v in turned])
+    return DiffractionSeries(np.fft.fftshift(patterns, axes=(2, 3)), ANGLES, at, PIXEL, OPTICS)
+
+
+def main() -> None:
+    """Compare one device with two, whose shares of 9 probes are not alike, with and without total variation."""
+    from engine.mset import Settings, reconstruct
+
+    found = {}
+    for name, weight, group in (("plain", 0.0, 0), ("groups", 0.0, 4), ("tv", 1e-6, 0)):
+        one, two = (reconstruct(measured(), Settings(iterations=4, lambda_tv=weight, group=group, devices=n))
+                    for n in (1, 2))
+        found[f"{name} volume"] = distance(two.volume, one.volume)
+        found[f"{name} cost"] = distance(two.history["total"], one.history["total"])
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
