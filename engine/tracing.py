@@ -5,6 +5,9 @@ The numbers that the paper leaves open: the volume is smoothed by 0.03 nm; an at
 the neighbours, axis by axis; its intensity the sum over 5^3 voxels. Three classes of intensity by Otsu's criterion
 are non-atom, the lighter and the heavier element. A traced atom is a true one's if it is less than 0.09 nm away; each
 is matched once, so that the sum of squared distances is least.
+
+Otsu's criterion makes three classes whatever there is: in a volume without any non-atoms, which data hardly give, it
+parts the atoms of one element and calls the weakest non-atoms.
 """
 
 from __future__ import annotations

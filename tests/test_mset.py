@@ -32,8 +32,7 @@ def series():
 
 
 def test_the_truth_stays_where_it_is(series):
-    settings = Settings()
-    problem = mset.build(series, settings)
+    problem = mset.build(series, Settings())
     state, _ = mset._start(problem)
     phase = jnp.asarray(series.optics.interaction * PIXEL * truth())
     state = state._replace(phase=phase, before=phase)
@@ -67,14 +66,13 @@ def test_one_slice_of_a_thin_specimen_is_many():
 
 
 def test_the_papers_search_never_raises_an_error(series):
-    found = reconstruct(series, Settings(mode="paper", iterations=4, step=20.0))
+    found = reconstruct(series, Settings(mode="paper", iterations=4))
     assert (np.diff(found.history["amplitude"][1:]) < 0).all()
 
 
-@pytest.mark.parametrize("group", [2, 4])
-def test_groups_of_probes_come_to_the_same_volume(series, group):
+def test_groups_of_probes_come_to_the_same_volume(series):
     """All at once or some at a time: one fixed point, which data without noise have."""
-    some, all_at_once = (reconstruct(series, Settings(iterations=25, group=g)) for g in (group, 0))
+    some, all_at_once = (reconstruct(series, Settings(iterations=25, group=g)) for g in (4, 0))
     assert some.metrics["amplitude_error"] < 0.2 * some.history["amplitude"][0]
     assert correlation(some.volume, all_at_once.volume) > 0.95
 
@@ -137,7 +135,7 @@ def test_every_tilt_is_met_once_and_neighbours_apart(tilts):
 
 
 @pytest.mark.parametrize("count", [1, 7, 64, 100])
-@pytest.mark.parametrize("settings", [Settings(), Settings(group=16), Settings(mode="paper"), Settings(group=5)])
+@pytest.mark.parametrize("settings", [Settings(), Settings(group=0), Settings(mode="paper"), Settings(group=5)])
 def test_every_probe_is_in_one_group(count, settings):
     chosen = mset._grouped(count, 256, settings)
     assert sorted(chosen[chosen >= 0]) == list(range(count))

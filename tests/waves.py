@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,9 +39,14 @@ def measured(strength: float = 1.0) -> DiffractionSeries:
     at = np.stack(np.meshgrid(*[(np.arange(3) - 1) * step] * 2, indexing="ij"), -1).reshape(-1, 2)
     waves = probes(made, jnp.asarray(at, jnp.float32))
     phase = jnp.asarray(OPTICS.interaction * PIXEL * truth(strength))
-    turned = (rotate(phase, jnp.asarray([0, 0, angle], jnp.float32)) for angle in ANGLES)
-    patterns = np.stack([np.abs(far_field(waves, v, made.propagator)) ** 2 for v in turned])
-    return DiffractionSeries(np.fft.fftshift(patterns, axes=(2, 3)), ANGLES, at, PIXEL, OPTICS)
+    angles = jnp.asarray([(0, 0, angle) for angle in ANGLES], jnp.float32)
+    fields = _fields(waves, phase, angles, made.propagator)
+    return DiffractionSeries(np.fft.fftshift(np.abs(fields) ** 2, axes=(2, 3)), ANGLES, at, PIXEL, OPTICS)
+
+
+@jax.jit
+def _fields(waves: jax.Array, phase: jax.Array, angles: jax.Array, carry: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda turn: far_field(waves, rotate(phase, turn), carry), angles)
 
 
 def main() -> None:
