@@ -59,8 +59,10 @@ class Settings:
     FIRST times that length, without momentum. iterations: passes over all tilts. step: in units of the inverse
     curvature. momentum: share of the last change of the volume that is added before each step. group: probes of a tilt
     in one step, drawn at random, 0 for all: few need fewer iterations, many fill a GPU. binning: layers of voxels in a
-    slice; 0 for all in one (SSET). positivity: whether negative potentials are set to 0. lambda_tv: weight of total
-    variation [share of the beam per V]; inner: its steps in each iteration. devices: over which the probes are spread.
+    slice; 0 for all in one (SSET). finer: pixels of a wave along a voxel's edge; with 1, as in the paper, electrons
+    that miss the detector fold back onto it. positivity: whether negative potentials are set to 0. lambda_tv: weight
+    of total variation [share of the beam per V]; inner: its steps in each iteration. devices: over which the probes
+    are spread.
     """
 
     mode: Literal["groups", "paper"] = "groups"
@@ -69,6 +71,7 @@ class Settings:
     momentum: float = 0.5
     group: int = 16
     binning: int = 1
+    finer: int = 1
     positivity: bool = True
     lambda_tv: float = 0.0
     inner: int = 4
@@ -150,12 +153,12 @@ def build(series: DiffractionSeries, settings: Settings, fitted: np.ndarray | No
     amplitudes = np.sqrt(np.fft.ifftshift(series.patterns, axes=(2, 3)) / np.float32(series.electrons))[:, chosen]
     weights = (real * fitted[:, chosen][..., None, None]).astype(np.float32)
     positions = series.positions[chosen].astype(np.float32)
-    made = beam(size, series.pixel, series.optics, layers * series.pixel)
-    depth = (size - layers) * series.pixel / 2
-    lit = _illumination(made, positions, real.astype(np.float32),
-                        propagator(size, series.pixel, series.optics.wavelength, depth))
+    wide, pixel = settings.finer * size, series.pixel / settings.finer
+    made = beam(wide, pixel, series.optics, layers * series.pixel)
+    halfway = propagator(wide, pixel, series.optics.wavelength, (size - layers) * series.pixel / 2)
+    lit = settings.finer**2 * _illumination(made, positions, real.astype(np.float32), halfway)
     order = _order(len(series.angles)) if settings.mode == "groups" else np.arange(len(series.angles))
-    tilts = Tilt(amplitudes[order], weights[order], series.angles[order].astype(np.float32))
+    tilts = (amplitudes[order], weights[order], series.angles[order].astype(np.float32))
     squares = float((weights * amplitudes.astype(np.float64)**2).sum())
     if squares == 0:
         raise DataError("every pattern to fit is empty; check the patterns' units and which of them are fitted")
@@ -167,18 +170,19 @@ def build(series: DiffractionSeries, settings: Settings, fitted: np.ndarray | No
     return _spread_out(tilts, positions, shared, settings.devices)
 
 
-def _spread_out(tilts: Tilt, positions: np.ndarray, shared: tuple, devices: int) -> Problem:
-    """Batches dealt to the devices; the rest is alike on all."""
-    if devices == 1:
-        return jax.tree.map(jnp.asarray, Problem(tilts, positions, *shared))
+def _spread_out(tilts: tuple[Any, ...], positions: Any, shared: tuple[Any, ...], devices: int) -> Problem:
+    """Arrays of the host, their batches dealt to the devices; what is not in batches is alike on all."""
+    amplitudes, weights, angles = tilts
+    if devices > 1:
+        amplitudes, weights, positions = (_dealt(array, axis, devices)
+                                          for array, axis in ((amplitudes, 2), (weights, 2), (positions, 1)))
+        angles, shared = sharding.repeated((angles, shared), devices)
+    return jax.tree.map(jnp.asarray, Problem(Tilt(amplitudes, weights, angles), positions, *shared))
 
-    def dealt(array: np.ndarray, axis: int) -> np.ndarray:
-        shape = array.shape[:axis] + (devices, -1) + array.shape[axis + 1:]
-        return np.moveaxis(array.reshape(shape), axis, 0)
 
-    angles = sharding.repeated(tilts.angles, devices)
-    return Problem(Tilt(dealt(tilts.amplitudes, 2), dealt(tilts.weights, 2), angles), dealt(positions, 1),
-                   *sharding.repeated(shared, devices))
+def _dealt(array: np.ndarray, axis: int, devices: int) -> np.ndarray:
+    """(device, ...) of an axis whose length the devices divide."""
+    return np.moveaxis(array.reshape(*array.shape[:axis], devices, -1, *array.shape[axis + 1:]), axis, 0)
 
 
 @cache
@@ -215,27 +219,33 @@ def _iteration(mode: str, layers: int, inner: int, problem: Problem, state: Stat
 def _group(mode: str, layers: int, problem: Problem, step: jax.Array, turned: jax.Array,
            group: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     """One step against the gradient of a group of probes, and their error before it."""
-    slices = _slices(turned, layers)
-    backward = kept_gradient if group[2].shape[1] <= _kept(turned.shape[1], len(slices)) else error_and_gradient
-    error, gradient = _summed(backward, problem, slices, group)
+    seen = partial(slices, layers, problem.beam.spectrum.shape[0])
+    phases, back = jax.vjp(seen, turned)
+    backward = kept_gradient if group[2].shape[1] <= _kept(phases.shape[1], len(phases)) else error_and_gradient
+    error, gradient = _summed(backward, problem, phases, group)
+    gradient, = back(gradient)
     length = step * problem.unit
     if mode == "paper":
 
         def worse(length: jax.Array) -> jax.Array:
-            risen = _summed(amplitude_error, problem, slices - layers * length * gradient, group) > error
+            risen = _summed(amplitude_error, problem, seen(turned - length * gradient), group) > error
             return risen & (length > SHORTEST * step * problem.unit)
 
         length = jax.lax.while_loop(worse, lambda length: RHO * length, length)
         length = jnp.where(length > SHORTEST * step * problem.unit, length, 0)
-    return turned - length * jnp.repeat(gradient, layers, axis=0), error
+    return turned - length * gradient, error
 
 
-def _summed(function: Callable, problem: Problem, slices: jax.Array, group: tuple[jax.Array, ...]) -> Any:
+def _summed(function: Callable, problem: Problem, phases: jax.Array, group: tuple[jax.Array, ...]) -> Any:
     """What a function of (waves, phases, propagator, amplitudes, weights) adds up to over batches and devices."""
+
+    wide = problem.beam.spectrum.shape[0]
 
     def one(batch: tuple[jax.Array, ...]) -> Any:
         amplitudes, weights, positions = batch
-        return function(probes(problem.beam, positions), slices, problem.beam.propagator, amplitudes, weights)
+        on_detector = weights * _widened(jnp.ones(amplitudes.shape[-2:], jnp.float32), wide)
+        return function(probes(problem.beam, positions), phases, problem.beam.propagator, _widened(amplitudes, wide),
+                        on_detector)
 
     # The first by itself: what there is to add up is then known, and one batch needs no sum.
     sums = one(jax.tree.map(lambda a: a[0], group))
@@ -261,11 +271,11 @@ def _smoothed(problem: Problem, phase: jax.Array, dual: Dual, step: jax.Array,
 
 def _start(problem: Problem) -> tuple[State, jax.Array]:
     """Nothing but empty space, and the error of its patterns: the aperture alone."""
-    size, slabs = problem.beam.spectrum.shape[0], sharding.slabs()
+    tilts, slabs = problem.tilts, sharding.slabs()
+    size = tilts.amplitudes.shape[-1]
     phase = jnp.zeros((size, size, size), jnp.float32)
-    tilts = problem.tilts
-    error = sharding.total((tilts.weights * (jnp.abs(problem.beam.spectrum) - tilts.amplitudes) ** 2).sum())
-    error = error / problem.squares
+    aperture = _narrowed(jnp.abs(problem.beam.spectrum), size)
+    error = sharding.total((tilts.weights * (aperture - tilts.amplitudes) ** 2).sum()) / problem.squares
     dual = zero_dual(phase[..., :max(2, -(-size // slabs)) if slabs > 1 else size])
     state = State(phase, phase, problem.step, jnp.float32(np.inf), dual)
     return settled(state), jnp.stack([error, jnp.float32(0), error])
@@ -275,8 +285,8 @@ def _misfit(layers: int, problem: Problem, phase: jax.Array) -> jax.Array:
     """The error of all patterns that are fitted, relative to their squared amplitudes."""
 
     def visit(error: jax.Array, tilt: Tilt) -> tuple[jax.Array, None]:
-        slices = _slices(rotate(phase, tilt.angles), layers)
-        groups = jax.lax.map(partial(_summed, amplitude_error, problem, slices),
+        phases = slices(layers, problem.beam.spectrum.shape[0], rotate(phase, tilt.angles))
+        groups = jax.lax.map(partial(_summed, amplitude_error, problem, phases),
                              (tilt.amplitudes, tilt.weights, problem.positions))
         return error + groups.sum(), None
 
@@ -289,9 +299,34 @@ def _measure(layers: int) -> Callable[[Problem, jax.Array], jax.Array]:
     return partial(_misfit, layers)
 
 
-def _slices(phase: jax.Array, layers: int) -> jax.Array:
-    """Phases of slices, each the sum of so many layers of voxels."""
-    return phase.reshape(-1, layers, *phase.shape[1:]).sum(1)
+def slices(layers: int, wide: int, phase: jax.Array) -> jax.Array:
+    """Phases of slices, each the sum of so many layers of voxels, with `wide` pixels along y and x: those between the
+    voxels come from the same Fourier series."""
+    summed = phase.reshape(-1, layers, *phase.shape[1:]).sum(1)
+    size = phase.shape[-1]
+    if wide == size:
+        return summed
+    # The finer pixels' centres are counted from the field's centre too: their first lies before the voxels' first.
+    ramp = np.exp(2j * np.pi * np.fft.fftfreq(size) * (size / wide - 1) / 2).astype(np.complex64)
+    spectrum = jnp.fft.fft2(summed) * ramp[:, None] * ramp
+    return (wide / size) ** 2 * jnp.fft.ifft2(_widened(spectrum, wide)).real
+
+
+def _widened(array: jax.Array, wide: int) -> jax.Array:
+    """(..., qy, qx), frequency 0 first, with zeros at the higher frequencies of a wider detector."""
+    size = array.shape[-1]
+    if wide == size:
+        return array
+    half, gap = (size + 1) // 2, [(0, 0)] * (array.ndim - 2)
+    middle = jnp.pad(jnp.roll(array, (size - half, size - half), (-2, -1)), [*gap, (0, wide - size), (0, wide - size)])
+    return jnp.roll(middle, (half - size, half - size), (-2, -1))
+
+
+def _narrowed(array: jax.Array, size: int) -> jax.Array:
+    """The frequencies that `_widened` keeps."""
+    half = (size + 1) // 2
+    rolled = jnp.roll(array, (size - half, size - half), (-2, -1))[..., :size, :size]
+    return jnp.roll(rolled, (half - size, half - size), (-2, -1))
 
 
 def _devices(settings: Settings, size: int) -> int:
@@ -319,9 +354,9 @@ def _platform() -> str:
     return "cpu" if jax.default_backend() == "cpu" else "gpu"
 
 
-def _kept(size: int, slices: int) -> int:
-    """Probes in a batch whose waves in front of all slices can be kept."""
-    return ALL_SLICES[_platform()] // (8 * size**2 * slices)
+def _kept(size: int, count: int) -> int:
+    """Probes in a batch whose waves in front of so many slices can be kept."""
+    return ALL_SLICES[_platform()] // (8 * size**2 * count)
 
 
 def _grouped(count: int, size: int, settings: Settings) -> np.ndarray:
@@ -332,9 +367,10 @@ def _grouped(count: int, size: int, settings: Settings) -> np.ndarray:
     if 1 < groups < count:
         order = np.random.default_rng(0).permutation(count)
     largest = -(-count // groups)
-    kept = _kept(size, size // _layers(size, settings))
-    most = 8 * size**2 * kept if kept >= min(FEWEST, largest) else ONE_SLICE[_platform()]
-    number = -(-batches(largest, size, most)[0] // settings.devices) * settings.devices
+    wide = settings.finer * size
+    kept = _kept(wide, size // _layers(size, settings))
+    most = 8 * wide**2 * kept if kept >= min(FEWEST, largest) else ONE_SLICE[_platform()]
+    number = -(-batches(largest, wide, most)[0] // settings.devices) * settings.devices
     each = -(-largest // number)
     parts = [np.pad(part, (0, number * each - len(part)), constant_values=-1) for part in np.array_split(order, groups)]
     return np.stack(parts).reshape(groups, number, each)

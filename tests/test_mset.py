@@ -31,14 +31,36 @@ def series():
     return measured()
 
 
-def test_the_truth_stays_where_it_is(series):
-    problem = mset.build(series, Settings())
+@pytest.mark.parametrize("finer", [1, 2])
+def test_the_truth_stays_where_it_is(finer):
+    data = measured(finer=finer)
+    problem = mset.build(data, Settings(finer=finer))
     state, _ = mset._start(problem)
-    phase = jnp.asarray(series.optics.interaction * PIXEL * truth())
-    state = state._replace(phase=phase, before=phase)
-    after, terms, _ = mset.stepper("groups", 1, 0)(problem, state, jnp.int32(0))
+    phase = jnp.asarray(data.optics.interaction * PIXEL * truth())
+    after, terms, _ = mset.stepper("groups", 1, 0)(problem, state._replace(phase=phase, before=phase), jnp.int32(0))
     assert terms[0] < 1e-6
     assert distance(after.phase, phase) < 1e-3
+
+
+def test_finer_pixels_see_what_voxels_see():
+    """Every third pixel of three lies in the middle of a voxel, and the sum of phases stays what it was."""
+    volume = jnp.asarray(truth())
+    fine = mset.slices(2, 3 * SIZE, volume)
+    coarse = mset.slices(2, SIZE, volume)
+    assert fine.shape == (SIZE // 2, 3 * SIZE, 3 * SIZE)
+    assert distance(fine[:, 1::3, 1::3], coarse) < 1e-5
+    assert distance(mset.slices(2, 2 * SIZE, volume).sum((1, 2)), 4 * coarse.sum((1, 2))) < 1e-5
+
+
+@pytest.mark.parametrize(("size", "wide"), [(6, 12), (7, 14), (5, 15)])
+def test_a_wider_detector_keeps_the_frequencies(size, wide):
+    pattern = np.random.default_rng(0).random((2, size, size)).astype(np.float32)
+    widened = mset._widened(pattern, wide)
+    np.testing.assert_array_equal(mset._narrowed(widened, size), pattern)
+    found = np.fft.fftshift(widened, axes=(1, 2))
+    first = wide // 2 - size // 2
+    np.testing.assert_array_equal(found[:, first:first + size, first:first + size],
+                                  np.fft.fftshift(pattern, axes=(1, 2)))
 
 
 def test_errors_fall_and_the_volume_is_found(series):

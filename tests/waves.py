@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine.diffraction import DiffractionSeries
+from engine.mset import Settings, reconstruct, slices
 from engine.multislice import Optics, beam, far_field, probes
 from engine.rotation import rotate
 from tests.specimens import distance
@@ -32,27 +33,29 @@ def truth(strength: float = 1.0) -> np.ndarray:
     return volume
 
 
-def measured(strength: float = 1.0) -> DiffractionSeries:
-    """Patterns of 3 x 3 probes at six tilts, on the reconstruction's own grid."""
-    made = beam(SIZE, PIXEL, OPTICS, PIXEL)
+def measured(strength: float = 1.0, finer: int = 1) -> DiffractionSeries:
+    """Patterns of 3 x 3 probes at six tilts; finer: waves have so many times the pixels of the detector."""
+    made = beam(finer * SIZE, PIXEL / finer, OPTICS, PIXEL)
     step = SIZE * PIXEL / 3
     at = np.stack(np.meshgrid(*[(np.arange(3) - 1) * step] * 2, indexing="ij"), -1).reshape(-1, 2)
     waves = probes(made, jnp.asarray(at, jnp.float32))
     phase = jnp.asarray(OPTICS.interaction * PIXEL * truth(strength))
     angles = jnp.asarray([(0, 0, angle) for angle in ANGLES], jnp.float32)
-    fields = _fields(waves, phase, angles, made.propagator)
-    return DiffractionSeries(np.fft.fftshift(np.abs(fields) ** 2, axes=(2, 3)), ANGLES, at, PIXEL, OPTICS)
+    fields = np.fft.fftshift(_fields(waves, phase, angles, made.propagator), axes=(2, 3))
+    kept = slice((finer - 1) * SIZE // 2, (finer + 1) * SIZE // 2)
+    return DiffractionSeries(np.abs(fields[:, :, kept, kept]) ** 2, ANGLES, at, PIXEL, OPTICS)
 
 
 @jax.jit
 def _fields(waves: jax.Array, phase: jax.Array, angles: jax.Array, carry: jax.Array) -> jax.Array:
-    return jax.lax.map(lambda turn: far_field(waves, rotate(phase, turn), carry), angles)
+    def tilted(turn: jax.Array) -> jax.Array:
+        return far_field(waves, slices(1, waves.shape[-1], rotate(phase, turn)), carry)
+
+    return jax.lax.map(tilted, angles)
 
 
 def main() -> None:
     """Compare one device with two, whose shares of 9 probes are not alike, with and without total variation."""
-    from engine.mset import Settings, reconstruct
-
     found = {}
     for name, weight, group in (("plain", 0.0, 0), ("groups", 0.0, 4), ("tv", 1e-6, 0)):
         one, two = (reconstruct(measured(), Settings(iterations=4, lambda_tv=weight, group=group, devices=n))
