@@ -46,7 +46,7 @@ RHO = 0.1  # by which a step that raised the error is shortened (the paper's)
 # waves took a fifth less time per probe and slice at 48^2, 48 slices and 7 to 28 MB, and more at 57 (2 cores).
 ONE_SLICE = {"cpu": 2**21, "gpu": 2**28}
 ALL_SLICES = {"cpu": 2**24, "gpu": 2**32}
-FIRST = 20.0  # steps that `paper` tries first; at 48^3 as good after 5 iterations as groups of 16 after 20
+FIRST = 20.0  # steps that `paper` tries first; at 48^3 as good after 5 iterations as groups of 8 after 15
 FEWEST = 4  # probes in a batch below which waves are rebuilt, not kept
 SHORTEST = 1e-4  # share of the first step below which the search ends, without a step
 
@@ -58,7 +58,7 @@ class Settings:
     mode: `groups` takes steps of a given length; `paper` one probe at a time, each step searched backwards from
     FIRST times that length, without momentum. iterations: passes over all tilts. step: in units of the inverse
     curvature. momentum: share of the last change of the volume that is added before each step. group: probes of a tilt
-    in one step, drawn at random, 0 for all: few need fewer iterations, many fill a GPU. binning: layers of voxels in a
+    in one step, far apart, 0 for all: few need fewer iterations, many fill a GPU. binning: layers of voxels in a
     slice; 0 for all in one (SSET). finer: pixels of a wave along a voxel's edge; with 1, as in the paper, electrons
     that miss the detector fold back onto it. positivity: whether negative potentials are set to 0. lambda_tv: weight
     of total variation [share of the beam per V]; inner: its steps in each iteration. devices: over which the probes
@@ -69,7 +69,7 @@ class Settings:
     iterations: int = 15
     step: float = 1.0
     momentum: float = 0.5
-    group: int = 16
+    group: int = 8
     binning: int = 1
     finer: int = 1
     positivity: bool = True
@@ -148,7 +148,7 @@ def build(series: DiffractionSeries, settings: Settings, fitted: np.ndarray | No
     if fitted.shape != series.patterns.shape[:2] or not fitted.any():
         raise DataError(f"the patterns to fit are marked in shape {fitted.shape}; {series.patterns.shape[:2]} "
                         "(tilt, probe) with one or more of them is needed")
-    chosen = _grouped(len(series.positions), size, settings)
+    chosen = _grouped(series.positions, size, settings)
     real = (chosen >= 0)[..., None, None]
     amplitudes = np.sqrt(np.fft.ifftshift(series.patterns, axes=(2, 3)) / np.float32(series.electrons))[:, chosen]
     weights = (real * fitted[:, chosen][..., None, None]).astype(np.float32)
@@ -359,21 +359,40 @@ def _kept(size: int, count: int) -> int:
     return ALL_SLICES[_platform()] // (8 * size**2 * count)
 
 
-def _grouped(count: int, size: int, settings: Settings) -> np.ndarray:
-    """(group, batch, probe) indices of probes; -1 fills up. Groups are drawn at random, so that each spans the scan."""
+def _grouped(positions: np.ndarray, size: int, settings: Settings) -> np.ndarray:
+    """(group, batch, probe) indices of probes; -1 fills up.
+
+    The scan is cut into as many cells as a group has probes, and each group takes one probe from the same place of
+    each: its probes lie far apart, and light little twice. Groups come in an order drawn at random; `paper` keeps it.
+    """
+    count = len(positions)
     group = 1 if settings.mode == "paper" else min(settings.group or count, count)
-    groups = -(-count // group)
-    order = np.arange(count)
-    if 1 < groups < count:
-        order = np.random.default_rng(0).permutation(count)
-    largest = -(-count // groups)
+    cells = _cells(positions, group)
+    members = np.full((len(cells), max(len(cell) for cell in cells)), -1)
+    for row, cell in zip(members, cells):
+        row[:len(cell)] = cell
+    members = members.T if settings.mode == "paper" else np.random.default_rng(0).permutation(members.T)
     wide = settings.finer * size
     kept = _kept(wide, size // _layers(size, settings))
-    most = 8 * wide**2 * kept if kept >= min(FEWEST, largest) else ONE_SLICE[_platform()]
-    number = -(-batches(largest, wide, most)[0] // settings.devices) * settings.devices
-    each = -(-largest // number)
-    parts = [np.pad(part, (0, number * each - len(part)), constant_values=-1) for part in np.array_split(order, groups)]
-    return np.stack(parts).reshape(groups, number, each)
+    most = 8 * wide**2 * kept if kept >= min(FEWEST, group) else ONE_SLICE[_platform()]
+    number = -(-batches(group, wide, most)[0] // settings.devices) * settings.devices
+    each = -(-group // number)
+    filled = np.pad(members, ((0, 0), (0, number * each - group)), constant_values=-1)
+    return filled.reshape(len(members), number, each)
+
+
+def _cells(positions: np.ndarray, cells: int) -> list[np.ndarray]:
+    """Indices of probes in each of so many cells of a scan, in rows and columns; each cell's in one and the same order.
+
+    Raster positions are compared to a millionth of a nanometre, so that rounding does not break their rows.
+    """
+    places = np.round(positions, 6)
+    rows = next(r for r in range(int(cells**0.5), 0, -1) if cells % r == 0)
+    found = []
+    for row in np.array_split(np.lexsort((places[:, 1], places[:, 0])), rows):
+        for cell in np.array_split(row[np.lexsort((places[row, 0], places[row, 1]))], cells // rows):
+            found.append(cell[np.lexsort((places[cell, 1], places[cell, 0]))])
+    return found
 
 
 def _order(tilts: int) -> np.ndarray:

@@ -156,11 +156,27 @@ def test_every_tilt_is_met_once_and_neighbours_apart(tilts):
         assert np.abs(np.diff(order)).min() > 1
 
 
-@pytest.mark.parametrize("count", [1, 7, 64, 100])
-@pytest.mark.parametrize("settings", [Settings(), Settings(group=0), Settings(mode="paper"), Settings(group=5)])
-def test_every_probe_is_in_one_group(count, settings):
-    chosen = mset._grouped(count, 256, settings)
-    assert sorted(chosen[chosen >= 0]) == list(range(count))
+def raster(rows, columns):
+    return np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2) / 10
+
+
+@pytest.mark.parametrize("positions", [raster(1, 1), raster(1, 7), raster(8, 8), raster(10, 7),
+                                       np.random.default_rng(0).random((23, 2))])
+@pytest.mark.parametrize("settings", [Settings(group=16), Settings(group=0), Settings(mode="paper"), Settings(group=5)])
+def test_every_probe_is_in_one_group(positions, settings):
+    chosen = mset._grouped(positions, 256, settings)
+    assert sorted(chosen[chosen >= 0]) == list(range(len(positions)))
+
+
+def test_a_groups_probes_lie_far_apart():
+    positions = raster(8, 8)
+    for members in mset._grouped(positions, 16, Settings(group=4)).reshape(16, 4):
+        apart = np.linalg.norm(positions[members][:, None] - positions[members][None], axis=2)
+        assert apart[apart > 0].min() == pytest.approx(0.4)
+
+
+def test_the_paper_keeps_the_order_of_the_scan():
+    np.testing.assert_array_equal(mset._grouped(raster(3, 4), 16, Settings(mode="paper")).ravel(), np.arange(12))
 
 
 def test_what_cannot_be_solved_is_refused(series):
