@@ -84,7 +84,7 @@ class Tilt(NamedTuple):
 
     amplitudes: jax.Array  # (group, batch, probe, qy, qx)
     weights: jax.Array  # (group, batch, probe, 1, 1)
-    angles: jax.Array  # (3,)
+    angles: jax.Array  # (3,), or (1,) where all tilts are about x
 
 
 class Problem(NamedTuple):
@@ -135,7 +135,7 @@ def reconstruct(series: DiffractionSeries, settings: Settings, *, checkpoints: S
     outcome = outcomes(run, devices, settings.tolerance)[0]
     error = sharding.spread(_measure(layers), devices)
     metrics = {"amplitude_error": float(sharding.one(error(problem, run.state.phase), devices))}
-    if fitted is not None:
+    if fitted is not None and not np.all(fitted):
         rest = build(series, settings, ~np.asarray(fitted, bool))
         metrics["held_out_error"] = float(sharding.one(error(rest, run.state.phase), devices))
     return Solution(volume(run.state), dict(zip(TERMS, outcome.history.T)), outcome.status, outcome.ok, metrics)
@@ -158,7 +158,8 @@ def build(series: DiffractionSeries, settings: Settings, fitted: np.ndarray | No
     halfway = propagator(wide, pixel, series.optics.wavelength, (size - layers) * series.pixel / 2)
     lit = settings.finer**2 * _illumination(made, positions, real.astype(np.float32), halfway)
     order = _order(len(series.angles)) if settings.mode == "groups" else np.arange(len(series.angles))
-    tilts = (amplitudes[order], weights[order], series.angles[order].astype(np.float32))
+    angles = series.angles if series.angles[:, :2].any() else series.angles[:, 2:]
+    tilts = (amplitudes[order], weights[order], angles[order].astype(np.float32))
     squares = float((weights * amplitudes.astype(np.float64)**2).sum())
     if squares == 0:
         raise DataError("every pattern to fit is empty; check the patterns' units and which of them are fitted")
@@ -405,6 +406,11 @@ def _order(tilts: int) -> np.ndarray:
 def _illumination(made: Beam, positions: np.ndarray, real: np.ndarray, halfway: np.ndarray) -> float:
     """Electrons on the brightest pixel in the middle of the volume, from all probes of a group; of up to 16 groups."""
     middle = made._replace(spectrum=made.spectrum * jnp.asarray(halfway, jnp.complex64))
-    light = jax.jit(lambda at, real: (real * jnp.abs(probes(middle, at)) ** 2).sum(0))
     groups = np.unique(np.linspace(0, len(positions) - 1, min(16, len(positions))).astype(int))
-    return max(float(sum(light(at, w) for at, w in zip(positions[g], real[g])).max()) for g in groups)
+    return max(float(sum(_light(middle, at, w) for at, w in zip(positions[g], real[g])).max()) for g in groups)
+
+
+@jax.jit
+def _light(made: Beam, positions: jax.Array, real: jax.Array) -> jax.Array:
+    """(y, x) intensity of those probes (probe, 2) that are real (probe, 1, 1)."""
+    return (real * jnp.abs(probes(made, positions)) ** 2).sum(0)

@@ -59,16 +59,19 @@ def about(axis: Sequence[float], angle: float) -> np.ndarray:
 
 
 def rotate(volume: jax.Array, angles: jax.Array) -> jax.Array:
-    """The volume (z, y, x) turned by Euler angles [deg]. Axes that turn into each other must be of one length."""
-    for k, axis in enumerate(_ORDER):
-        volume = _turned(volume, axis, angles[k])
+    """The volume (z, y, x) turned by Euler angles (3,) [deg], or by one (1,) about x alone, which compiles sooner.
+
+    Axes that turn into each other must be of one length.
+    """
+    for axis, angle in zip(_ORDER[-len(angles):], angles, strict=True):
+        volume = _turned(volume, axis, angle)
     return volume
 
 
 def rotate_back(volume: jax.Array, angles: jax.Array) -> jax.Array:
     """Inverse and adjoint of `rotate`."""
-    for k in reversed(range(3)):
-        volume = _turned(volume, _ORDER[k], angles[k], back=True)
+    for axis, angle in zip(_ORDER[::-1], angles[::-1]):
+        volume = _turned(volume, axis, angle, back=True)
     return volume
 
 
@@ -92,8 +95,8 @@ def _turned(volume: jax.Array, axis: str, angle: jax.Array, back: bool = False) 
 
 def _quarter(volume: jax.Array, quarters: jax.Array, start: int, end: int) -> jax.Array:
     """So many quarter turns, each of which brings +start to +end."""
-    turns = [lambda v, k=k: jnp.rot90(v, k, (start, end)) for k in range(4)]
-    return jax.lax.switch(quarters, turns, volume)
+    volume = jnp.where(quarters % 2 == 1, jnp.rot90(volume, 1, (start, end)), volume)
+    return jnp.where(quarters >= 2, jnp.flip(volume, (start, end)), volume)
 
 
 def _sheared(volume: jax.Array, angle: jax.Array, start: int, end: int) -> jax.Array:

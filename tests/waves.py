@@ -40,7 +40,7 @@ def measured(strength: float = 1.0, finer: int = 1) -> DiffractionSeries:
     at = np.stack(np.meshgrid(*[(np.arange(3) - 1) * step] * 2, indexing="ij"), -1).reshape(-1, 2)
     waves = probes(made, jnp.asarray(at, jnp.float32))
     phase = jnp.asarray(OPTICS.interaction * PIXEL * truth(strength))
-    angles = jnp.asarray([(0, 0, angle) for angle in ANGLES], jnp.float32)
+    angles = jnp.asarray(ANGLES[:, None], jnp.float32)
     fields = np.fft.fftshift(_fields(waves, phase, angles, made.propagator), axes=(2, 3))
     kept = slice((finer - 1) * SIZE // 2, (finer + 1) * SIZE // 2)
     return DiffractionSeries(np.abs(fields[:, :, kept, kept]) ** 2, ANGLES, at, PIXEL, OPTICS)
