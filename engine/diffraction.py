@@ -7,6 +7,7 @@ holds, cropped from a wider detector, on which the annular dark field is summed 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import jax
@@ -17,6 +18,7 @@ from engine.atoms import Atoms, potential_slices
 from engine.data import DataError
 from engine.multislice import Beam, Optics, batches, beam, far_field, frequencies, probes
 
+BAND = 2 / 3  # of the highest frequency; what is beyond would be aliased
 THERMAL = 0.0085  # [nm] along each axis; gold and copper at room temperature
 
 
@@ -29,7 +31,7 @@ class DiffractionSeries:
     positions: (probe, 2), y and x [nm] of the probes, from the field's centre and the tilt axis.
     pixel: [nm] of the field, which is as wide as the volume is deep.
     electrons: that one probe sends onto the specimen; 1 where patterns are shares of the beam.
-    adf: (tilt, probe) share of the beam on an annular detector; None where it was not recorded.
+    adf: (tilt, probe) share of the beam on an annular detector; None where it was not recorded (`engine.adf`).
     """
 
     patterns: np.ndarray
@@ -79,7 +81,8 @@ class Scan:
     size, pixel [nm]: of the patterns' field. probes: along an edge of the square scan, which fills the field.
     finer: the simulation's pixels in one of the field's. slices: at most so thick [nm]. phonons: configurations of
     displaced atoms averaged; with 0 their mean blur is in the potential. thermal: displacement along an axis [nm].
-    detector: inner and outer semi-angle [mrad] of the dark field.
+    detector: inner and outer semi-angle [mrad] of the dark field, of which waves fill what lies below `reach`; the
+    paper's pixels of 0.0057 nm are 7 in one of 0.04 nm.
     """
 
     size: int = 48
@@ -91,6 +94,18 @@ class Scan:
     phonons: int = 0
     thermal: float = THERMAL
     detector: tuple[float, float] = (40.0, 200.0)
+
+    @property
+    def reach(self) -> float:
+        """[mrad] the largest angle that waves have, with their band limit of two thirds."""
+        return 1e3 * self.optics.wavelength * BAND * self.finer / (2 * self.pixel)
+
+    @property
+    def depth(self) -> tuple[int, float]:
+        """Number and thickness [nm] of the simulation's slices."""
+        width = self.size * self.pixel
+        count = int(np.ceil(width / self.slices - 1e-9))
+        return count, width / count
 
     @property
     def positions(self) -> np.ndarray:
@@ -107,25 +122,32 @@ def simulate(atoms: Atoms, scan: Scan, angles: np.ndarray, seed: int = 0) -> Dif
     """
     angles = np.asarray(angles, np.float64)
     turns = angles if angles.ndim == 2 else np.stack([0 * angles, 0 * angles, angles], 1)
+    fine = beam(scan.size * scan.finer, scan.pixel / scan.finer, scan.optics, scan.depth[1], band_limit=BAND)
+    patterns = np.zeros((len(turns), scan.probes**2, scan.size, scan.size), np.float32)
+    adf = np.zeros(patterns.shape[:2])
+    for t, share, volts in potentials(atoms, scan, turns, seed):
+        bright, dark = _recorded(fine, scan, volts)
+        patterns[t] += share * bright
+        adf[t] += share * dark
+    seen = scan.reach > scan.detector[0]
+    return DiffractionSeries(patterns, turns, scan.positions, scan.pixel, scan.optics, adf=adf if seen else None)
+
+
+def potentials(atoms: Atoms, scan: Scan, turns: np.ndarray, seed: int = 0) -> Iterator[tuple[int, float, np.ndarray]]:
+    """Of every tilt (3,) [deg] and configuration of atoms: which tilt, its share of the tilt's configurations, and its
+    potentials (slice, y, x) [V nm]. DataError where atoms lie outside the field at some tilt."""
     width = scan.size * scan.pixel
     reach = float(np.linalg.norm(atoms.positions, axis=1).max())
     if reach > width / 2:
         raise DataError(f"an atom lies {reach:.3g} nm from the centre of a volume {width:.3g} nm wide; "
                         "use more or larger voxels, or a smaller particle")
-    size, slices = scan.size * scan.finer, int(np.ceil(width / scan.slices - 1e-9))
-    fine = beam(size, scan.pixel / scan.finer, scan.optics, width / slices, band_limit=2 / 3)
-    rng = np.random.default_rng([20_231, seed])
-    patterns = np.zeros((len(turns), scan.probes**2, scan.size, scan.size), np.float32)
-    adf = np.zeros(patterns.shape[:2])
+    rng, configurations = np.random.default_rng([20_231, seed]), max(1, scan.phonons)
     for t, turn in enumerate(turns):
-        for _ in range(max(1, scan.phonons)):
+        for _ in range(configurations):
             moved = atoms.shaken(scan.thermal, rng) if scan.phonons else atoms
-            volts = potential_slices(moved.turned(turn), size, scan.pixel / scan.finer, slices, width / slices,
-                                     0.0 if scan.phonons else scan.thermal)
-            bright, dark = _recorded(fine, scan, volts)
-            patterns[t] += bright / max(1, scan.phonons)
-            adf[t] += dark / max(1, scan.phonons)
-    return DiffractionSeries(patterns, turns, scan.positions, scan.pixel, scan.optics, adf=adf)
+            yield t, 1 / configurations, potential_slices(moved.turned(turn), scan.size * scan.finer,
+                                                          scan.pixel / scan.finer, *scan.depth,
+                                                          0.0 if scan.phonons else scan.thermal)
 
 
 def with_dose(series: DiffractionSeries, dose: float, seed: int = 0) -> DiffractionSeries:
@@ -134,7 +156,7 @@ def with_dose(series: DiffractionSeries, dose: float, seed: int = 0) -> Diffract
     The dose is spread over the field. Takes patterns that are shares of the beam.
     """
     if series.electrons != 1 or dose <= 0:
-        raise DataError(f"a dose of {dose:g} e/A^2 is to be given once, and to be positive")
+        raise DataError(f"a dose of {dose:g} e/A^2 is to be positive, and given once: take the series without noise")
     area = (10 * series.size * series.pixel) ** 2
     tilts, count = series.patterns.shape[:2]
     electrons = dose * area / (tilts * count)
@@ -148,14 +170,19 @@ def _recorded(fine: Beam, scan: Scan, volts: np.ndarray) -> tuple[np.ndarray, np
     """(probe, qy, qx) of one specimen, frequency 0 at n // 2, and (probe,) on the dark-field detector."""
     size = volts.shape[1]
     phases = jnp.asarray(scan.optics.interaction * volts)
-    low, high = ((angle * 1e-3 / scan.optics.wavelength) ** 2 for angle in scan.detector)
-    q2 = frequencies(size, scan.pixel / scan.finer)
-    ring = jnp.asarray((q2 >= low) & (q2 <= high), jnp.float32)
+    ring = annulus(scan, size)
     count, each = batches(scan.probes**2, size, 2**24)
     positions = np.resize(scan.positions, (count * each, 2)).astype(np.float32)  # the last batch is filled up
     found = [_detected(fine, jnp.asarray(part), phases, ring, scan.size) for part in np.split(positions, count)]
     bright, dark = (np.concatenate([np.asarray(f[k]) for f in found])[:scan.probes**2] for k in range(2))
     return bright, dark
+
+
+def annulus(scan: Scan, size: int) -> jax.Array:
+    """(y, x) 1 on the dark-field detector, 0 elsewhere, for a field of so many of the simulation's pixels."""
+    low, high = ((angle * 1e-3 / scan.optics.wavelength) ** 2 for angle in scan.detector)
+    q2 = frequencies(size, scan.pixel / scan.finer)
+    return jnp.asarray((q2 >= low) & (q2 <= high), jnp.float32)
 
 
 def _patterns(fine: Beam, positions: jax.Array, phases: jax.Array, ring: jax.Array,
