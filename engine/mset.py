@@ -1,6 +1,9 @@
 """Multislice electron tomography (MSET): the potential of a specimen straight from a tilt series of 4D-STEM patterns.
 
-    minimise over V >= 0   sum over tilts, probes of | |far field of V| - sqrt(pattern) |^2 + lambda_tv TV(V)  (Eq. 5)
+    minimise over V >= 0   sum over tilts, probes of | |far field of V| - sqrt(pattern) |^2 + n lambda_tv TV(V)  (Eq. 5)
+
+n is the number of patterns per pixel of the field, so that one lambda_tv suits coarse and fine scans, few and many
+tilts.
 
 The specimen is turned to a tilt, its slices' gradient (Eq. B5) is taken from a group of that tilt's probes at once,
 the volume steps against it and is turned back, and what is negative is set to 0: the paper's Appendix A, with the
@@ -61,8 +64,7 @@ class Settings:
     in one step, far apart, 0 for all: few need fewer iterations, many fill a GPU. binning: layers of voxels in a
     slice; 0 for all in one (SSET). finer: pixels of a wave along a voxel's edge; with 1, as in the paper, electrons
     that miss the detector fold back onto it. positivity: whether negative potentials are set to 0. lambda_tv: weight
-    of total variation [share of the beam per V]; inner: its steps in each iteration. devices: over which the probes
-    are spread.
+    of total variation [1 / V]; inner: its steps in each iteration. devices: over which the probes are spread.
     """
 
     mode: Literal["groups", "paper"] = "groups"
@@ -160,13 +162,13 @@ def build(series: DiffractionSeries, settings: Settings, fitted: np.ndarray | No
     order = _order(len(series.angles)) if settings.mode == "groups" else np.arange(len(series.angles))
     angles = series.angles if series.angles[:, :2].any() else series.angles[:, 2:]
     tilts = (amplitudes[order], weights[order], angles[order].astype(np.float32))
-    squares = float((weights * amplitudes.astype(np.float64)**2).sum())
+    squares, density = float((weights * amplitudes.astype(np.float64)**2).sum()), float(weights.sum()) / size**2
     if squares == 0:
         raise DataError("every pattern to fit is empty; check the patterns' units and which of them are fitted")
     volts = series.optics.interaction * series.pixel
     floor = 0.0 if settings.positivity else -np.inf
     step, momentum = (FIRST * settings.step, 0.0) if settings.mode == "paper" else (settings.step, settings.momentum)
-    numbers = (1 / (2 * lit * size), step, momentum, floor, settings.lambda_tv / volts, squares)
+    numbers = (1 / (2 * lit * size), step, momentum, floor, density * settings.lambda_tv / volts, squares)
     shared = (made, *(np.float32(number) for number in numbers))
     return _spread_out(tilts, positions, shared, settings.devices)
 
