@@ -19,7 +19,7 @@ from scipy.ndimage import gaussian_filter, maximum_filter, uniform_filter
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 
-from engine.atoms import Atoms
+from engine.atoms import Atoms, xyz_text
 from engine.data import DataError
 
 SMOOTH = 0.03  # [nm] standard deviation (the paper's)
@@ -46,6 +46,11 @@ class Traced:
         """What is left without the non-atoms, under the names of the two elements."""
         kept = self.classes != NON_ATOM
         return Atoms(np.where(self.classes[kept] == HEAVY, heavy, light), self.positions[kept])
+
+
+def traced_xyz(traced: Traced, width: float, light: str, heavy: str) -> str:
+    """Extended XYZ of the atoms in a cube of `width` [nm], without the non-atoms, each with its intensity."""
+    return xyz_text(traced.atoms(light, heavy), width, intensity=traced.intensities[traced.classes != NON_ATOM])
 
 
 @dataclass(frozen=True)

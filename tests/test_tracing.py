@@ -7,7 +7,7 @@ import pytest
 
 from engine.atoms import Atoms, nanoparticle
 from engine.data import DataError
-from engine.tracing import HEAVY, LIGHT, NON_ATOM, compare, match, otsu, trace
+from engine.tracing import HEAVY, LIGHT, NON_ATOM, compare, match, otsu, trace, traced_xyz
 
 PIXEL = 0.04
 HEIGHT = {"Cu": 1.0, "Au": 2.5}
@@ -49,6 +49,17 @@ def test_atoms_are_found_within_a_picometre(particle):
     assert (traced.classes == NON_ATOM).sum() == 8
     assert result.found == {s: int((particle.symbols == s).sum()) for s in ("Cu", "Au")}
     assert traced.intensities[traced.classes == LIGHT].max() < traced.intensities[traced.classes == HEAVY].min()
+
+
+def test_traced_atoms_are_read_back_from_their_text(particle):
+    traced = trace(ghosts(drawn(particle), 8, 0.3), PIXEL)
+    lines = traced_xyz(traced, 48 * PIXEL, "Cu", "Au").splitlines()
+    assert int(lines[0]) == len(lines) - 2 == len(particle)
+    read = [line.split() for line in lines[2:]]
+    places = np.array([[float(v) for v in row[1:4]] for row in read])[:, ::-1] / 10 - 24 * PIXEL
+    assert compare(Atoms([row[0] for row in read], places), particle).classification == 1
+    intensities = np.array([float(row[4]) for row in read])
+    assert (np.diff(intensities) <= 0).all() and (intensities > 0).all()
 
 
 def test_a_gaussian_is_located_exactly():
