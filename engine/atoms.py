@@ -16,7 +16,7 @@ from scipy import constants
 from scipy.special import erf
 
 from engine.data import DataError
-from engine.rotation import matrix
+from engine.euler import matrix
 
 # h^2 / (2 pi m0 e): what turns a scattering factor [nm] per volume into volts [V nm^2]; 47.88 V Angstrom^2.
 VOLTS = constants.h**2 / (2 * np.pi * constants.m_e * constants.e) * 1e18
@@ -46,7 +46,7 @@ class Atoms:
         return len(self.symbols)
 
     def turned(self, angles: np.ndarray) -> Atoms:
-        """Turned by Euler angles [deg] as `engine.rotation` has them."""
+        """Turned by Euler angles [deg] as `engine.euler` has them."""
         return replace(self, positions=self.positions @ matrix(angles).T)
 
     def shaken(self, amplitude: float, rng: np.random.Generator) -> Atoms:

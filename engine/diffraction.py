@@ -27,7 +27,7 @@ class DiffractionSeries:
     """Patterns of every tilt and probe, and what made them.
 
     patterns: (tilt, probe, qy, qx), float32; frequency 0 lies at n // 2. One pixel is 1 / (n x pixel) 1/nm.
-    angles: (tilt, 3) Euler angles [deg] as `engine.rotation` has them; of (tilt,), they are about x, the tilt axis.
+    angles: (tilt, 3) Euler angles [deg] as `engine.euler` has them; of (tilt,), they are about x, the tilt axis.
     positions: (probe, 2), y and x [nm] of the probes, from the field's centre and the tilt axis.
     pixel: [nm] of the field, which is as wide as the volume is deep.
     electrons: that one probe sends onto the specimen; 1 where patterns are shares of the beam.

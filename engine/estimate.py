@@ -18,6 +18,11 @@ _CORE_NS = {"projection": 0.07, "tv": 0.8, "rest": 9.0}
 # An H200 that nobody has measured: from its 4.8 TB/s, about 5 ms per iteration at 256^3 x 4 elements, 47 + 9 tilts.
 _GPU_NS = {"projection": 3.5e-4, "tv": 8e-3, "rest": 3.5e-2}
 
+# Of a wave's pixel through a slice, forth and back: 26 s of CPU for 15 iterations of 12 tilts, 64 probes, 48 slices of
+# 48 x 48 pixels on one core; on an H200 65 s were estimated for 20 tilts, 128^2 probes and 128^3 voxels.
+_WAVE_NS = {"core": 20.0, "gpu": 0.1}
+ROTATION = 10  # pixels of a wave that a voxel's rotation is worth, forth and back
+
 SECTIONS = {"gpu": "GPU: solves", "core": "CPU: solves"}  # of docs/BENCHMARKS.md
 _ROW = re.compile(r"^\|" + r"\s*([\d.]+)\s*\|" * 6 + r"\s*$", re.M)
 
@@ -75,6 +80,17 @@ def solve(*, system: str, method: str, elements: int, shape: tuple[int, int, int
     full = iterations + (coarse * sum(8.0**-k for k in range(1, levels + 1)) if fused else 0)
     seconds = [full * _iteration(rows, default, **now) for rows, default in ((gpu, _GPU_NS), (core, _CORE_NS))]
     return Estimate({name: _SINGLE * count for name, count in memory.items() if count}, *seconds)
+
+
+def multislice(*, size: int, tilts: int, probes: int, slices: int, iterations: int, finer: int = 1,
+               devices: int = 1) -> Estimate:
+    """An estimate of one solve of mset. probes: of a tilt; 0: linear tomography of images instead."""
+    patterns = tilts * probes * size**2 // devices
+    memory = {"patterns": patterns, "volume, its rotations and gradient": 8 * size**3,
+              "waves of a group": 2**22 if probes else 0, "images": 0 if probes else 4 * tilts * size**2}
+    passed = iterations * tilts * (probes * slices * (finer * size) ** 2 + ROTATION * size**3) / devices
+    return Estimate({name: _SINGLE * count for name, count in memory.items() if count}, 1e-9 * _WAVE_NS["gpu"] * passed,
+                    1e-9 * _WAVE_NS["core"] * passed)
 
 
 def _fused_bytes(volumes: int, voxels: int, images: int, maps: int, method: str, inner: int,

@@ -17,6 +17,7 @@ from launch import devices, resources
 from sweeps import grid, needs
 from sweeps.fields import ends
 from sweeps.grid import Cell
+from sweeps.patterns import Recorded, Scanned
 from sweeps.rules import elements
 from sweeps.settings import Sweep, get, tunables
 from sweeps.sources import Measured
@@ -30,13 +31,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Extent:
-    """The sizes that rule a solve. shape: (nz, ny, nx); haadf, chem: numbers of projections; pixel: [nm]."""
+    """The sizes that rule a solve. shape: (nz, ny, nx); haadf, chem: numbers of projections; pixel: [nm].
+
+    probes: patterns at each tilt; 0 where there are images.
+    """
 
     elements: tuple[str, ...]
     shape: tuple[int, int, int]
     haadf: int
     chem: int
     pixel: float
+    probes: int = 0
 
     @property
     def volume(self) -> int:
@@ -48,7 +53,7 @@ class Extent:
     def projections(self) -> int:
         """Bytes of the prepared data of a cell, float32."""
         _, ny, nx = self.shape
-        return 4 * (self.haadf + len(self.elements) * self.chem) * ny * nx
+        return 4 * (self.haadf + len(self.elements) * self.chem * max(1, self.probes)) * ny * nx
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,9 @@ def plan(sweep: Sweep) -> Plan:
 TABLES = 60  # arrays of atlas.zarr besides those of axes, tunables and folds, of which there are up to two and two more
 FRACTIONS = 28  # of them, that weight fractions add
 # Arrays beside each volume: of a number for each voxel and element, and others; of a system, and of weight fractions.
-FIELDS = {"fused3d": (0, 0), "fused2d": (3, 1), "hebt": (0, 1), "fractions": (2, 1)}
+FIELDS = {"fused3d": (0, 0), "fused2d": (3, 1), "hebt": (0, 1), "mset": (0, 1), "fractions": (2, 1)}
 HISTORIES = 4  # of a solve's cost, in every volume
-FIXED = 20  # journal, summary, settings, the report and its figures
+FIXED = 20  # journal, summary, settings, the report and its figures; of mset a list of atoms for each cell
 
 
 def _fields(sweep: Sweep) -> tuple[int, int]:
@@ -140,7 +145,7 @@ def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
         "tables": 2 * (TABLES + (FRACTIONS if sweep.output.fractions else 0) + 2 * (varied + folds)),
         "prepared data": 0 if isinstance(sweep.data, Measured) else len(costs) + len(sizes),
         "best settings": len(costs),
-        "others": FIXED,
+        "others": FIXED + (len(costs) if sweep.system == "mset" and kept else 0),
     }
 
 
@@ -151,7 +156,8 @@ def _cost(cell: Cell, extent: Extent) -> Cost:
     """
     sweep = cell.sweep
     gpu_rows, core_rows = (_measured_solves(kind) for kind in ("gpu", "core"))
-    each = sweep.search.folds + 1 if sweep.search.objective == "heldout" else 1
+    several = sweep.search.objective == "heldout" and sweep.system != "mset"
+    each = sweep.search.folds + 1 if several else 1
     planned = [(fixed, 1.0) for fixed in cell.fixed] + ([({}, grid.effort(cell))] if cell.space else [])
     memory: dict[str, int] = {}
     gpu = core = 0.0
@@ -165,6 +171,7 @@ def _cost(cell: Cell, extent: Extent) -> Cost:
             chem_tilts=extent.chem,
             method=method,
             iterations=iterations,
+            probes=extent.probes,
             gpu=gpu_rows,
             core=core_rows,
         )
@@ -194,8 +201,33 @@ def _extent(sweep: Sweep, opened: dict[str, tuple[Extent, list[str]]]) -> tuple[
         if key not in opened:
             opened[key] = _measured(sweep, data)
         return opened[key]
+    if isinstance(data, Scanned):
+        return Extent(elements(sweep), (data.size,) * 3, 0, data.tilts, data.pixel, data.probes**2), []
+    if isinstance(data, Recorded):
+        return _recorded(sweep, data)
     return Extent(elements(sweep), stages.extent(data), data.haadf_tilts, data.chem_tilts,
                   stages.voxel(data)), []
+
+
+def _recorded(sweep: Sweep, data: Recorded) -> tuple[Extent, list[str]]:
+    """Of a series in a file, without its patterns; DataError names the line of the YAML."""
+    import zarr
+
+    from engine.data import DataError
+    from engine.files import reading
+
+    path = Path(data.root, data.scan)
+    try:
+        with reading(path):
+            group = zarr.open_group(path, mode="r")
+            shape, pixel = group["patterns"].shape, float(str(group.attrs["pixel_nm"]))  # type: ignore[union-attr]
+    except (DataError, KeyError) as error:
+        raise DataError(f"{sweep.where('data.scan')}: {path}: is no 4D-STEM series in Zarr ({error})") from None
+    tilts, probes, stored, _ = shape
+    size = (data.crop or stored) // data.bins
+    line = f"data.scan: {tilts} tilts, {probes} probes, {stored} x {stored} pixels, from {path}"
+    return Extent(elements(sweep), (size,) * 3, 0, len(data.tilts or range(tilts)), pixel * stored / (size * data.bins),
+                  probes), [line]
 
 
 def _measured(sweep: Sweep, data: Measured) -> tuple[Extent, list[str]]:
@@ -326,18 +358,20 @@ def text(plan: Plan, available: int, where: str, folder: Path) -> str:
         [
             "time",
             f"{hours(sum(cost.gpu_seconds for cost in plan.costs))} GPU-hours "
-            + _source("gpu", "on one H200, estimated from its bandwidth; make bench-gpu measures one"),
+            + _source("gpu", "on one H200, estimated from its bandwidth; make bench-gpu measures one", sweep),
         ],
         [
             "",
             f"or {hours(sum(cost.core_seconds for cost in plan.costs))} core-hours without a GPU "
-            + _source("core", "estimated; make bench measures them"),
+            + _source("core", "estimated; make bench measures them", sweep),
         ],
     ]
     return "\n".join(f"{name:<12}{words}" for name, words in rows)
 
 
-def _source(kind: str, otherwise: str) -> str:
+def _source(kind: str, otherwise: str, sweep: Sweep) -> str:
+    if sweep.system == "mset":
+        return "(on one H200, estimated)" if kind == "gpu" else "(estimated from a solve of 48^3)"
     return f"({'scaled from the solves measured in docs/BENCHMARKS.md' if _measured_solves(kind) else otherwise})"
 
 

@@ -154,8 +154,9 @@ def unless(word: str) -> BeforeValidator:
 
 
 TAGS = ("<a number>", "<a word>", "<a list>", "<a mapping>", "<nothing>", "<Phantom>", "<Particle>", "<Measured>",
-        "<Fused3D>", "<Hebt>")
-NUMBER, WORD, LIST, MAPPING, NOTHING, PHANTOM, PARTICLE, MEASURED, FUSED3D, HEBT = map(Tag, TAGS)
+        "<Scanned>", "<Recorded>", "<Fused3D>", "<Hebt>", "<Mset>")
+(NUMBER, WORD, LIST, MAPPING, NOTHING, PHANTOM, PARTICLE, MEASURED, SCANNED, RECORDED, FUSED3D, HEBT, MSET) = map(
+    Tag, TAGS)
 BY_SHAPE = Discriminator(tag)
 PAIR = Field(min_length=2, max_length=2)
 

@@ -347,9 +347,9 @@ def slices(pictures: Sequence[Picture], tops: Mapping[str, float], voxel: float,
         ax.set_ylabel(
             side,
             fontsize=9 if turned else 11,
-            rotation=90 if turned else 0,
-            labelpad=6 if turned else 14,
-            va="baseline" if turned else "center",
+            rotation=90 if turned or len(side) > 2 else 0,
+            labelpad=6 if turned or len(side) > 2 else 14,
+            va="baseline" if turned or len(side) > 2 else "center",
         )
     scale_bar(axes[0, 0], wide, high, voxel)
     figure.supxlabel(caption, fontsize=8)

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sweeps.rules import HAADF_METHODS, tunables
+from sweeps.patterns import Recorded, Scanned
+from sweeps.rules import HAADF_METHODS, LINEAR, tunables
 from sweeps.settings import Hebt, Measured, Range, Search, Sweep, dump, replace, setting_of
 from sweeps.yamlio import flow
 
 # What the chemical maps alone do not feel; ML and SIRT feel no weight at all.
 HAADF_SETTINGS = ("solver.gamma", "solver.lambda_model", "solver.alpha", "solver.differences")
 MAPS_ONLY = ("ml", "sirt")
-CONVENTIONAL_METHODS = (*MAPS_ONLY, "chem_tv", "eds")  # that see no HAADF
+CONVENTIONAL_METHODS = (*MAPS_ONLY, "chem_tv", "eds", "sset", *LINEAR)  # that see no HAADF, or one slice
 STOPPED = (*MAPS_ONLY, "eds", "hebt")  # noise grows with the iterations: as good as the best of those recorded
 # F3's conventional tomography is Poisson ML at 100 iterations; recording each gives its best iteration too.
 CONVENTIONAL: dict[str, Any] = {
@@ -96,7 +97,10 @@ def effort(cell: Cell) -> float:
 
 def conventional(sweep: Sweep) -> bool:
     """Whether a sweep without a grid reconstructs from the maps alone, for want of HAADF images."""
-    return sweep.data.haadf_tilts == 0 or (isinstance(sweep.data, Measured) and sweep.data.haadf is None)
+    data = sweep.data
+    if isinstance(data, Scanned | Recorded):
+        return False
+    return data.haadf_tilts == 0 or (isinstance(data, Measured) and data.haadf is None)
 
 
 def maps_alone(sweep: Sweep) -> bool:
@@ -125,6 +129,10 @@ def _cell(name: str, index: tuple[int, ...], coordinates: dict[str, Any], sweep:
         unused = set(tunables(sweep))
         if not sweep.solver.record:
             changes["solver.record"] = list(range(1, sweep.solver.iterations + 1))
+    elif method in LINEAR:
+        unused = set(tunables(sweep)) - {"solver.threshold"}
+    elif method == "sset":
+        unused = {"solver.binning"} & set(tunables(sweep))
     elif conventional(sweep) or method not in HAADF_METHODS:
         unused = set(HAADF_SETTINGS) & set(tunables(sweep))
     else:

@@ -1,28 +1,61 @@
-"""What one solve of a sweep needs, by its settings. Imports without JAX."""
+"""What one solve of a sweep needs, by its settings, and whether a device has it. Imports without JAX."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from engine import estimate
+from engine.data import DataError
 from sweeps.fields import ends
 from sweeps.grid import CONVENTIONAL_METHODS, MAPS_ONLY
+from sweeps.patterns import Mset
+from sweeps.rules import LINEAR
 from sweeps.schema import Fused3D
 from sweeps.settings import Sweep
 
 
 def solve(sweep: Sweep, *, elements: int, shape: tuple[int, int, int], haadf_tilts: int, chem_tilts: int,
-          method: str = "", iterations: int = 0, gpu: Sequence[estimate.Measured] = (),
+          method: str = "", iterations: int = 0, probes: int = 1, gpu: Sequence[estimate.Measured] = (),
           core: Sequence[estimate.Measured] = ()) -> estimate.Estimate:
     """Bytes and seconds of a solve at the sweep's settings, of a searched one at its highest value.
 
-    method, iterations: instead of the sweep's. gpu, core: `estimate.solve`'s.
+    method, iterations: instead of the sweep's. probes: of a tilt, for mset. gpu, core: `estimate.solve`'s.
     """
     solver = sweep.solver
-    method = method or solver.method
-    own = ({"inner": 0 if method in MAPS_ONLY else max(ends(solver.inner)), "coarse": solver.coarse,
-            "dual_bits": solver.dual_bits} if isinstance(solver, Fused3D)
-           else {"inner": 0, "momentum": solver.form == "preconditioned"})
-    return estimate.solve(system=sweep.system, method=method, elements=elements, shape=shape,
+    method, iterations = method or solver.method, iterations or solver.iterations
+    if isinstance(solver, Mset):
+        slices = 1 if method == "sset" else shape[0] // min(ends(solver.binning))
+        return estimate.multislice(size=shape[2], tilts=chem_tilts, probes=0 if method in LINEAR else probes,
+                                   slices=slices, iterations=iterations, finer=solver.finer, devices=solver.devices)
+    if isinstance(solver, Fused3D):
+        inner = 0 if method in MAPS_ONLY else max(ends(solver.inner))
+        coarse, bits, momentum = solver.coarse, solver.dual_bits, False
+    else:
+        inner, coarse, bits, momentum = 0, 0, 32, solver.form == "preconditioned"
+    return estimate.solve(system=sweep.system, method=method, elements=elements, shape=shape, inner=inner,
                           haadf_tilts=0 if method in CONVENTIONAL_METHODS else haadf_tilts, chem_tilts=chem_tilts,
-                          iterations=iterations or solver.iterations, devices=solver.devices, gpu=gpu, core=core, **own)
+                          iterations=iterations, coarse=coarse, dual_bits=bits, momentum=momentum,
+                          devices=solver.devices, gpu=gpu, core=core)
+
+
+def check_memory(sweep: Sweep, need: estimate.Estimate, trials: int) -> None:
+    """DataError, with the arithmetic, where the device that will solve has not the memory for so many trials."""
+    import jax
+
+    solver = sweep.solver
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else _memory_free()
+    shared = solver.devices if device.platform == "cpu" else 1
+    if 0 < limit < trials * shared * sum(need.bytes.values()):
+        many = f"{trials} trials at once need {trials} times " if trials > 1 else "the trial needs "
+        raise DataError(f"{many}{estimate.arithmetic(need.bytes)} on each of {solver.devices} devices, and the "
+                        f"{device.platform} has {estimate.size(limit)}: lower data.size or search.batch, or raise "
+                        "solver.devices")
+
+
+def _memory_free() -> int:
+    """Bytes that this machine can still give; 0 where it does not tell."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.measured import read_truth
-from sweeps import bimodal, grid, settings, stages, tables
+from sweeps import atomic, bimodal, grid, settings, stages, tables
 from sweeps.atlas import RunFolder, resolved
 from sweeps.grid import Cell
 from sweeps.journal import RunError
-from sweeps.settings import Measured, Sweep
+from sweeps.settings import Measured, Particle, Phantom, Sweep
 from sweeps.tables import METHODS, REPLICATE, Run, shown, title
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def _write_aside(run: Run, folder: Path) -> list[str]:
     for name, words, figure in _figures(run):
         figure.savefig(folder / f"{name}.png", dpi=DPI)
         made.append((words, f"{name}.png"))
+    for name, words in _texts(run):
+        (folder / name).write_text(words, "utf-8")
     text = page(run, [(words, (folder / name).read_bytes()) for words, name in made])
     (folder / "index.html").write_text(text, "utf-8")
     return ["index.html", *(name for _, name in made)]
@@ -79,7 +81,8 @@ def table(folder: Path) -> str:
 
 
 def _text(run: Run) -> str:
-    return "\n\n".join(part for part in (tables.table(run), bimodal.text(run)) if part)
+    own = {"hebt": bimodal.text, "mset": atomic.text}.get(run.sweep.system)
+    return "\n\n".join(part for part in (tables.table(run), own(run) if own else "") if part)
 
 
 def _figures(run: Run) -> Iterator[tuple[str, str, Figure]]:
@@ -109,7 +112,7 @@ def _figures(run: Run) -> Iterator[tuple[str, str, Figure]]:
             "Weighted terms of the cost of each cell's winner; smooth decay is a sign of a reliable result.",
             figures.convergence({_words(cell): _history(run, cell) for cell in cells}, _across(run)),
         )
-    yield from _flat(run) if run.sweep.system == "fused2d" else _solid(run)
+    yield from {"fused2d": _flat, "mset": _atoms}.get(run.sweep.system, _solid)(run)
 
 
 def _pages(stem: str, cells: list[Cell]) -> Iterator[tuple[str, list[Cell]]]:
@@ -198,6 +201,36 @@ def _solid(run: Run) -> Iterator[tuple[str, str, Figure]]:
     yield from bimodal_figures.across(found, kept, weight)
 
 
+def _atoms(run: Run) -> Iterator[tuple[str, str, Figure]]:
+    """What an mset run shows: planes of potentials, the atoms in them and how they were told apart."""
+    from sweeps import atomic_figures
+
+    kept = {cell.id: group for cell in run.cells if (group := _group(run, cell)) is not None}
+    reached = {cell.id: found[0].value for cell in run.cells if (found := tables.scores(run, cell))}
+    cells = sorted((cell for cell in run.cells if cell.id in kept and cell.id in reached),
+                   key=lambda cell: reached[cell.id], reverse=True)
+    alike = [cell for cell in cells if kept[cell.id]["volume"].shape == kept[cells[-1].id]["volume"].shape]
+    if not alike:
+        return
+    picked = atomic_figures.chosen(alike)
+    yield from _slices(run, kept, picked, None)
+    yield ("atoms", "Mean potential of slabs, and the atoms that lie in them; the worst cell first, the best last.",
+           atomic_figures.slabs({_caption(run, cell): (cell.sweep, kept[cell.id]) for cell in picked}))
+    traced = {_caption(run, cell): kept[cell.id]["field_atoms"][:] for cell in picked if "field_atoms" in kept[cell.id]}
+    if traced:
+        yield ("intensities", "Intensities of the traced peaks, and the classes that they fall into.",
+               atomic_figures.intensities(traced))
+
+
+def _texts(run: Run) -> Iterator[tuple[str, str]]:
+    """(file name, text): of an mset run the atoms of each cell's winner, as extended XYZ."""
+    for cell in run.cells if run.sweep.system == "mset" else []:
+        group = _group(run, cell)
+        if group is not None and "field_atoms" in group:
+            width = group["volume"].shape[3] * float(np.min(group.attrs["voxel_nm"]))
+            yield f"{cell.id}.xyz", atomic.xyz(cell.sweep, group["field_atoms"][:], width)
+
+
 def _slices(run: Run, kept: Mapping[str, Any], chosen: list[Cell],
             truth: np.ndarray | None) -> Iterator[tuple[str, str, Figure]]:
     """Central planes: the truth where there is one, conventional, the worst and the best fused result."""
@@ -217,7 +250,8 @@ def _slices(run: Run, kept: Mapping[str, Any], chosen: list[Cell],
         else:
             # A bright pixel of noise must not darken everything else.
             tops, top = np.percentile(pictures[-1].images, 99.8, (1, 2)), "the 99.8th percentile of the last"
-        note = f"{words}.\nColour: concentration, one scale per element, up to {top}."
+        what = "potential [V]" if run.sweep.system == "mset" else "concentration"
+        note = f"{words}.\nColour: {what}, one scale per element, up to {top}."
         note += " NRMSE: of the whole volume." if run.metric == "nrmse" else ""
         voxel = float(np.min(best.attrs["voxel_nm"]))
         yield (
@@ -229,9 +263,9 @@ def _slices(run: Run, kept: Mapping[str, Any], chosen: list[Cell],
 
 def _truth(run: Run, sweep: Sweep, elements: tuple[str, ...], shape: tuple[int, int, int]) -> np.ndarray | None:
     """(element, z, y, x) concentrations that results are compared with; None where they are not known."""
-    if not isinstance(sweep.data, Measured):
+    if isinstance(sweep.data, Phantom | Particle):
         return stages.truth(run.folder, sweep.data)
-    if sweep.data.truth is None:
+    if not isinstance(sweep.data, Measured) or sweep.data.truth is None:
         return None
     return read_truth(elements=elements, shape=shape, root=sweep.data.root, **sweep.data.truth.model_dump())
 

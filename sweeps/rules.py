@@ -8,7 +8,8 @@ from engine import phantoms_hebt
 from engine.phantoms import ELEMENTS
 from sweeps.defaults import FLAT
 from sweeps.fields import Range, ends
-from sweeps.schema import Fractions, Fused3D, Hebt, Particle, Phantom, Shares, Sweep
+from sweeps.patterns import Mset, Recorded, Scanned
+from sweeps.schema import Fractions, Fused3D, Hebt, Output, Particle, Phantom, Shares, Sweep
 from sweeps.sources import ChemSource, Element, Measured, Source
 from sweeps.yamlio import Keys, flow
 
@@ -16,6 +17,7 @@ Problem = tuple[Keys, str]
 """Where in the YAML, and a sentence without its place."""
 
 HAADF_METHODS = ("fused", "plain", "fista", "hebt")
+LINEAR = ("resire", "genfire")  # of mset: of dark-field images
 SYMBOLS = (
     "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr "
     "Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu "
@@ -24,10 +26,12 @@ SYMBOLS = (
 
 
 def elements(sweep: Sweep) -> tuple[str, ...]:
-    """Names of the elements that the maps have."""
+    """Names of the elements that the maps have, or of what a volume of one quantity is."""
     data = sweep.data
     if isinstance(data, Measured):
         return tuple(data.chem.elements)
+    if isinstance(data, Scanned | Recorded):
+        return ("potential",)
     return tuple(phantoms_hebt.ELEMENTS if isinstance(data, Particle) else ELEMENTS[data.phantom])
 
 
@@ -40,7 +44,7 @@ def tunables(sweep: Sweep) -> dict[str, Range]:
 def conflicts(sweep: Sweep) -> Iterator[Problem]:
     """What does not fit together in a sweep without a grid."""
     data, solver, search = sweep.data, sweep.solver, sweep.search
-    yield from _flat(sweep) if sweep.system == "fused2d" else _solid(sweep)
+    yield from {"fused2d": _flat, "mset": _scanned}.get(sweep.system, _solid)(sweep)
     if isinstance(data, Phantom):
         yield from _phantom(data, sweep)
     elif isinstance(data, Measured):
@@ -54,9 +58,9 @@ def conflicts(sweep: Sweep) -> Iterator[Problem]:
     if tunables(sweep) and search.strategy == "per_cell" and search.trials < search.initial:
         yield ("search", "trials"), (f"{search.trials} trials end before the {search.initial} initial ones; "
                                      f"write initial: {max(1, search.trials // 2)}")
-    if tunables(sweep) and search.strategy == "shared" and isinstance(solver, Hebt):
-        yield ("search", "strategy"), ("shared's cheap trials say nothing of SIRT, whose noise grows with n; write "
-                                       "strategy: per_cell")
+    if tunables(sweep) and search.strategy == "shared" and not isinstance(solver, Fused3D):
+        yield ("search", "strategy"), (f"shared's cheap trials, of few iterations, say nothing of {sweep.system}; "
+                                       "write strategy: per_cell")
     together = search.batch if isinstance(search.batch, int) else 1
     if tunables(sweep) and search.strategy == "shared" and search.trials < 3 * together:
         words = "trial" if together == 1 else f"batch of {together}"
@@ -65,8 +69,9 @@ def conflicts(sweep: Sweep) -> Iterator[Problem]:
     if solver.record and solver.record[-1] > solver.iterations:
         yield ("solver", "record", len(solver.record) - 1), (
             f"iteration {solver.record[-1]} is never reached; solver.iterations is {solver.iterations}")
-    flat = sweep.system == "fused2d"
-    maps = None if flat else data.chem_tilts or (_projections(data.chem) if isinstance(data, Measured) else None)
+    maps = None
+    if sweep.system != "fused2d" and not isinstance(data, Scanned | Recorded):
+        maps = data.chem_tilts or (_projections(data.chem) if isinstance(data, Measured) else None)
     if search.objective == "heldout" and maps is not None and search.folds > maps:
         yield ("search", "folds"), (f"{search.folds} folds need as many chemical maps, and there are {maps}"
                                     + (f"; write folds: {maps}" if maps > 1 else ""))
@@ -76,6 +81,11 @@ def _flat(sweep: Sweep) -> Iterator[Problem]:
     """What fused2d does not take: tilt series, and what only tomography has."""
     data, solver = sweep.data, sweep.solver
     assert isinstance(solver, Fused3D)
+    if sweep.search.objective not in ("nrmse", "heldout"):
+        yield ("search", "objective"), f"{sweep.search.objective} is for mset; write nrmse or heldout"
+    if isinstance(data, Scanned | Recorded):
+        yield ("data",), "fused2d takes an image and maps; 4D-STEM is for system: mset"
+        return
     if isinstance(data, Phantom) and data.phantom not in FLAT:
         yield ("data", "phantom"), f"{data.phantom} is a volume; fused2d has {', '.join(FLAT)}"
     elif isinstance(data, Particle):
@@ -98,8 +108,39 @@ def _flat(sweep: Sweep) -> Iterator[Problem]:
                                         "give data.chem.units: counts where they are")
 
 
+def _scanned(sweep: Sweep) -> Iterator[Problem]:
+    """What mset does not take."""
+    data, solver, objective = sweep.data, sweep.solver, sweep.search.objective
+    assert isinstance(solver, Mset)
+    if not isinstance(data, Scanned | Recorded):
+        yield ("data",), "mset takes 4D-STEM: phantom: cuau or bao, or scan: a series in a file"
+        return
+    known = ("rmsd", "tracing_error", "amplitude_error", "heldout")
+    if objective not in known:
+        yield ("search", "objective"), f"mset has {', '.join(known)}, not {objective}"
+    elif isinstance(data, Recorded) and objective in known[:2]:
+        yield ("search", "objective"), f"{objective} needs known atoms; write amplitude_error or heldout"
+    linear = solver.method in LINEAR
+    if linear and objective not in known[:2]:
+        yield ("search", "objective"), f"{solver.method} fits no patterns; write objective: rmsd or tracing_error"
+    if linear and isinstance(data, Recorded):
+        yield ("solver", "method"), f"{solver.method} simulates a dark-field scan of its own; measured data take mset"
+    if isinstance(data, Scanned) and solver.method == "mset":
+        wrong = [end for end in ends(solver.binning) if data.size % end]
+        if wrong:
+            yield ("solver", "binning"), f"{data.size} layers of voxels cannot be cut into slices of {wrong[0]}"
+    for name in ("shares", "fractions", "haadf"):
+        if getattr(sweep.output, name) != getattr(Output(), name):
+            yield ("output", name), "is for maps of elements, which mset has not"
+
+
 def _solid(sweep: Sweep) -> Iterator[Problem]:
     """What fused3d and hebt do not take."""
+    if isinstance(sweep.data, Scanned | Recorded):
+        yield ("data",), f"{sweep.system} takes tilt series of images and maps; 4D-STEM is for system: mset"
+        return
+    if sweep.search.objective not in ("nrmse", "heldout"):
+        yield ("search", "objective"), f"{sweep.search.objective} is for mset; write nrmse or heldout"
     if isinstance(sweep.data, Phantom) and sweep.data.phantom in FLAT:
         yield ("data", "phantom"), f"{sweep.data.phantom} is a map; write system: fused2d"
     if isinstance(sweep.solver, Fused3D) and sweep.solver.missing:

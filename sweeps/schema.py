@@ -19,9 +19,12 @@ from sweeps.fields import (
     HEBT,
     MAPPING,
     MEASURED,
+    MSET,
     NUMBER,
     PARTICLE,
     PHANTOM,
+    RECORDED,
+    SCANNED,
     Auto,
     Model,
     NotNegative,
@@ -35,11 +38,12 @@ from sweeps.fields import (
     setting,
     steps,
 )
+from sweeps.patterns import Mset, Recorded, Scanned
 from sweeps.sources import Measured
 from sweeps.yamlio import Document, Keys, dotted, flow, split
 
-BUILT = ("fused3d", "fused2d", "hebt")
-PLANNED = ("mset", "mspt")
+BUILT = ("fused3d", "fused2d", "hebt", "mset")
+PLANNED = ("mspt",)
 
 
 def _file_name(name: str) -> str:
@@ -177,9 +181,11 @@ class Search(Model):
     trials: int = setting(30, "trials", "budget of the search in each cell; without it, shared takes 15", ge=1)
     initial: int = setting(8, "trials", "first trials, which only spread out; shared: of neighbours together", ge=1)
     acquisition: Literal["gp_hedge", "EI", "LCB", "PI"] = setting("gp_hedge", "-", "what proposes a trial")
-    objective: Literal["nrmse", "heldout"] = setting(
-        "nrmse", "-", "what is minimised: nrmse against a truth, or the deviance of held-out maps")
-    folds: int = setting(4, "-", "heldout: parts the maps are split into, each left out once", ge=2)
+    objective: Literal["nrmse", "heldout", "rmsd", "tracing_error", "amplitude_error"] = setting(
+        "nrmse", "-", "what is minimised: nrmse against a truth, or the deviance of held-out maps; of mset rmsd or "
+        "tracing_error of atoms, amplitude_error of patterns, or heldout, that of patterns left out")
+    folds: int = setting(4, "-", "heldout: parts the maps are split into, each left out once; of patterns one is",
+                         ge=2)
     order: Literal["free", "strict"] = setting(
         "free", "-", "free: from all that is known; strict: timing cannot change the atlas")
     trial_timeout: Annotated[float, Field(gt=0)] | None = setting(
@@ -247,13 +253,22 @@ class Output(Model):
         examples=["{by: tables, beam: 200.0}"])
 
 
-class OfHebt(dict[str, Any]):
-    """`solver:` of a YAML whose system is hebt."""
+class Given(dict[str, Any]):
+    """`solver:` of a YAML, and the model that its system has for it."""
+
+    model: type[BaseModel]
+
+
+SOLVERS: dict[str, type[BaseModel]] = {"hebt": Hebt, "mset": Mset}
 
 
 def _solver(value: Any) -> str:
     """The solver's model follows from the system."""
-    return "<Hebt>" if isinstance(value, OfHebt | Hebt) else "<Fused3D>"
+    model = value.model if isinstance(value, Given) else type(value)
+    return f"<{model.__name__}>" if model in SOLVERS.values() else "<Fused3D>"
+
+
+OWN = {"agau": "<Particle>", "cuau": "<Scanned>", "bao": "<Scanned>"}  # models of specimens that are no Phantom
 
 
 def _kind(value: Any) -> str:
@@ -261,7 +276,9 @@ def _kind(value: Any) -> str:
     if isinstance(value, BaseModel):
         return f"<{type(value).__name__}>"
     if not isinstance(value, dict) or "phantom" in value:
-        return "<Particle>" if isinstance(value, dict) and value["phantom"] == "agau" else "<Phantom>"
+        return OWN.get(str(value["phantom"]), "<Phantom>") if isinstance(value, dict) else "<Phantom>"
+    if "scan" in value:
+        return "<Recorded>"
     named = {model: len(value.keys() & model.model_fields.keys()) for model in (Phantom, Measured)}
     return "<Measured>" if "chem" in value or named[Measured] > named[Phantom] else "<Phantom>"
 
@@ -271,13 +288,14 @@ class Sweep(Model):
 
     name: Annotated[str, AfterValidator(_file_name)] = setting(
         ..., "-", "name of the sweep and of its folder in runs/")
-    system: Annotated[Literal["fused3d", "fused2d", "hebt"], BeforeValidator(_system)] = setting(
+    system: Annotated[Literal["fused3d", "fused2d", "hebt", "mset"], BeforeValidator(_system)] = setting(
         "fused3d", "-", "what reconstructs")
-    data: Annotated[Annotated[Phantom, PHANTOM] | Annotated[Particle, PARTICLE] | Annotated[Measured, MEASURED],
-                    Discriminator(_kind)] = setting(
-        ..., "-", "the specimen: simulated (phantom: ) or measured (chem: )")
+    data: Annotated[Annotated[Phantom, PHANTOM] | Annotated[Particle, PARTICLE] | Annotated[Scanned, SCANNED]
+                    | Annotated[Measured, MEASURED] | Annotated[Recorded, RECORDED], Discriminator(_kind)] = setting(
+        ..., "-", "the specimen: simulated (phantom: ) or measured (chem: , of mset scan: )")
     grid: dict[str, list[Any]] = setting({}, "-", "axes of the atlas: settings and their values")
-    solver: Annotated[Annotated[Fused3D, FUSED3D] | Annotated[Hebt, HEBT], Discriminator(_solver)] = setting(
+    solver: Annotated[Annotated[Fused3D, FUSED3D] | Annotated[Hebt, HEBT] | Annotated[Mset, MSET],
+                      Discriminator(_solver)] = setting(
         Fused3D(), "-", "one reconstruction; {low: , high: , scale: } is searched")
     search: Search = setting(Search(), "-", "how to search, in each cell")
     output: Output = setting(Output(), "-", "what to keep")
@@ -294,8 +312,11 @@ class Sweep(Model):
         raw = {key: value for key, value in raw.items() if value is not None}
         if raw.get("system") == "fused2d" and isinstance(solver := raw.get("solver", {}), dict):
             raw["solver"] = FLAT_SOLVER | solver
-        if raw.get("system") == "hebt" and isinstance(solver := raw.get("solver", {}), dict):
-            raw["solver"] = OfHebt(solver)
+        if raw.get("system") in SOLVERS and isinstance(solver := raw.get("solver", {}), dict):
+            raw["solver"] = Given(solver)
+            raw["solver"].model = SOLVERS[raw["system"]]
+        if raw.get("system") == "mset" and isinstance(search := raw.get("search", {}), dict):
+            raw["search"] = {"objective": "rmsd"} | search
         return raw
 
     @property

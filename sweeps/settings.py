@@ -19,13 +19,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from sweeps.fields import TAGS, Range
+from sweeps.patterns import Mset, Recorded, Scanned
 from sweeps.rules import Problem, conflicts, tunables
 from sweeps.schema import Fused3D, Hebt, Output, Particle, Phantom, Search, Sweep
 from sweeps.sources import Measured, Source
 from sweeps.yamlio import Document, Keys, SettingsError, dotted, flow, put, read, shape, split, write
 
-__all__ = ["Fused3D", "Hebt", "Measured", "Output", "Particle", "Phantom", "Range", "Search", "SettingsError", "Source",
-           "Sweep", "dump", "fields", "get", "load", "replace", "setting_of", "template", "to_yaml", "tunables"]
+__all__ = ["Fused3D", "Hebt", "Measured", "Mset", "Output", "Particle", "Phantom", "Range", "Recorded", "Scanned",
+           "Search", "SettingsError", "Source", "Sweep", "dump", "fields", "get", "load", "replace", "setting_of",
+           "template", "to_yaml", "tunables"]
 
 SHORT = {name: f"data.{name}" for name in ("haadf_tilts", "chem_tilts", "replicate", "tilt_range", "size")}
 SHORT |= {name: f"solver.{name}" for name in ("gamma", "method")}
@@ -71,7 +73,8 @@ def template(system: str = "fused3d", measured: bool = False) -> str:
     simulated, axes = _SIMULATED.get(system, _SIMULATED["fused3d"])
     example = {"name": "my-sweep", "system": system, "solver": _SEARCHED.get(system, _SEARCHED["fused3d"]),
                "data": _MEASURED.get(system, _MEASURED["fused3d"]) if measured else simulated,
-               "grid": {} if measured else axes, "search": {"objective": "heldout" if measured else "nrmse"}}
+               "grid": {} if measured else axes,
+               "search": {"objective": "heldout"} if measured else {}}
     return write(_checked(Document(example, {})), comments=True)
 
 
@@ -125,7 +128,7 @@ def _checked(document: Document) -> Sweep:
 def _anchor(document: Document, path: Path | None) -> None:
     """Make data.root of measured data absolute, so that a worker elsewhere finds the files."""
     data = document.data.get("data")
-    if not isinstance(data, dict) or "chem" not in data or "phantom" in data:
+    if not isinstance(data, dict) or not data.keys() & {"chem", "scan"} or "phantom" in data:
         return
     if isinstance(data.get("root", "."), str):
         given_here = document.place(("data", "root")).startswith("--set") and "root" in data
@@ -226,7 +229,7 @@ def _hint(name: str, near: list[str], far: Sequence[str] = ()) -> str:
     """The nearest name, or one elsewhere that ends alike, or all if they are few, to end a sentence."""
     close = get_close_matches(name, near, n=1) or [other for other in far if other.split(".")[-1] == name]
     if close:
-        return f" (did you mean {' or '.join(close)}?)"
+        return f" (did you mean {' or '.join(dict.fromkeys(close))}?)"
     return f"; known: {', '.join(near)}" if len(near) < 15 else ""
 
 
@@ -277,13 +280,17 @@ _SEARCHED: dict[str, dict[str, Any]] = {  # settings of the solver, by system
                 "lambda_tv": {"low": 1e-3, "high": 1e1, "scale": "log"}},
     "hebt": {"alpha": {"low": 0.1, "high": 0.98}, "differences": {"low": 0.02, "high": 1.0, "scale": "log"},
              "iterations": 40, "record": [5, 10, 15, 20, 30, 40]},
+    "mset": {"step": {"low": 0.2, "high": 2.0, "scale": "log"},
+             "lambda_tv": {"low": 1e-8, "high": 1e-5, "scale": "log"}},
 }
 _SIMULATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # data and grid, by system
     "fused3d": ({"phantom": "cocuo"}, {"haadf_tilts": [0, 9, 47], "chem_tilts": [5, 9, 13]}),
     "hebt": ({"phantom": "agau", "planes": 1}, {"data.dose": [3.121e6, 3.121e7, 3.121e8]}),
+    "mset": ({"phantom": "cuau"}, {"data.dose": [2e4, 2e5, 2e6], "data.defocus": [-40, -20, 0]}),
     "fused2d": ({"phantom": "coscoo", "size": 128}, {"data.snr.haadf": [5, 20, 100], "data.snr.chem": [0.25, 1, 4]}),
 }
 _MEASURED: dict[str, dict[str, Any]] = {  # data, by system
+    "mset": {"scan": "series.zarr"},
     "fused3d": {
         "pixel_size": 1.0,
         "haadf": {"path": "haadf.mrc", "axes": ["tilt", "y", "x"], "angles": "haadf.rawtlt"},

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,10 +23,10 @@ def prepared(sweep: Sweep, folder: Path) -> MultiModal:
     """A cell's data: simulated or read once, then kept in memory and, simulated, under stages/."""
     data, given = sweep.data, inputs(sweep)
     if isinstance(data, Measured):
-        return _Recent.get(stages.key("measured", given),
-                           lambda: stages.measured_data(data, flat=sweep.system == "fused2d"))
+        return recent("measured", given, lambda: stages.measured_data(data, flat=sweep.system == "fused2d"))
+    assert isinstance(data, Phantom | Particle)
     simulated = data
-    return _Recent.get(stages.key("simulated", given), lambda: _simulated(simulated, folder, given))
+    return recent("simulated", given, lambda: _simulated(simulated, folder, given))
 
 
 def candidates(sweep: Sweep, folder: Path) -> TiltSeries | None:
@@ -50,20 +50,20 @@ def inputs(sweep: Sweep) -> dict[str, Any]:
     return given | {"gamma": gamma, "weights": phantoms2d.WEIGHTS.get(sweep.data.phantom, solver.weights)}
 
 
-class _Recent:
-    """The last cells' data: trials of a cell stick to a worker, so a few are enough."""
+KEPT = 3  # cells' data in memory: trials of a cell stick to a worker, so a few are enough
+_kept: dict[str, Any] = {}
+Data = TypeVar("Data")
 
-    kept: dict[str, MultiModal] = {}
-    limit = 3
 
-    @classmethod
-    def get(cls, name: str, make: Callable[[], MultiModal]) -> MultiModal:
-        """What is kept under a name, made if need be; the oldest goes."""
-        if name not in cls.kept:
-            while len(cls.kept) >= cls.limit:
-                cls.kept.pop(next(iter(cls.kept)))
-            cls.kept[name] = make()
-        return cls.kept[name]
+def recent(name: str, given: dict[str, Any], make: Callable[[], Data]) -> Data:
+    """What is kept under a name and all that it follows from, made if need be; the oldest goes."""
+    key = stages.key(name, given)
+    if key not in _kept:
+        while len(_kept) >= KEPT:
+            _kept.pop(next(iter(_kept)))
+        _kept[key] = make()
+    found: Data = _kept[key]
+    return found
 
 
 def _simulated(data: Phantom | Particle, folder: Path, given: dict[str, Any]) -> MultiModal:

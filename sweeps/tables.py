@@ -25,6 +25,10 @@ METHODS = {
     "fista": "fused, FISTA",
     "hebt": "HEBT",
     "eds": "SIRT of the maps alone",
+    "mset": "MSET",
+    "sset": "one slice (SSET)",
+    "resire": "dark field, RESIRE",
+    "genfire": "dark field, GENFIRE",
 }
 TITLES = {
     "haadf_tilts": "HAADF tilts",
@@ -33,7 +37,10 @@ TITLES = {
     "snr.chem": "chemical SNR (factor)",
     "tilt_range": "tilt range [deg]",
     "size": "size [voxels]",
-    "dose": "dose [e/pixel]",
+    "defocus": "defocus [nm]",
+    "rmsd": "RMSD [pm]",
+    "tracing_error": "tracing error [%]",
+    "amplitude_error": "error of the amplitudes",
     "gamma": "gamma",
     "alpha": "alpha (HAADF)",
     "lambda_model": "λ HAADF",
@@ -269,8 +276,8 @@ def _gain_text(run: Run) -> str:
     if found is None:
         return ""
     span = " to ".join(dict.fromkeys(f"{ratio:.3f}" for ratio in found))
-    word = "HEBT" if run.sweep.system == "hebt" else "fused"
-    lines = [f"{word} / best conventional with the same maps: {span}"]
+    words = {"hebt": "HEBT / best of the maps alone", "mset": "many slices / best of the others with the same data"}
+    lines = [f"{words.get(run.sweep.system, 'fused / best conventional with the same maps')}: {span}"]
     cell, score, others = min((each for each in rivals(run) if each[2]), key=lambda each: each[1].value)
     folds = [name for name in score.metrics if name.startswith(f"{run.metric}_fold_")]
     for other, rival in others if len(folds) > 1 else []:

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from engine import estimate, fused2d, fused3d, heldout, metrics, programs
+from engine import fused2d, fused3d, heldout, metrics, programs
 from engine.data import DataError, DataWarning, MultiModal, Solution
 from engine.iterate import Keep
 from engine.sizes import bucket
-from sweeps import needs, stages
+from sweeps import needs, scanned, stages
 from sweeps.grid import STOPPED
 from sweeps.rules import elements
 from sweeps.scores import SYSTEMS, Judge, Score, sensitivities
@@ -79,8 +79,8 @@ def _rows(sweeps: Sequence[Sweep], folder: Path, names: Sequence[str], batch: st
     batch: a name of its own, the same in every attempt.
     """
     try:
-        rows = []
-        for sweep, name, (solution, scored) in zip(sweeps, names, _evaluate(sweeps, folder, batch), strict=True):
+        rows, evaluate = [], scanned.evaluate if sweeps[0].system == "mset" else _evaluate
+        for sweep, name, (solution, scored) in zip(sweeps, names, evaluate(sweeps, folder, batch), strict=True):
             row = {"status": "ok", **scored, "iterations": int(solution.metrics["iterations"])}
             if not solution.ok:
                 row |= {"status": solution.status, "objective": None}
@@ -95,7 +95,7 @@ def _rows(sweeps: Sequence[Sweep], folder: Path, names: Sequence[str], batch: st
 def _alike(sweep: Sweep) -> str:
     """Equal for trials that share data and differ in numbers that a compiled solver takes as they come."""
     settings = dump(sweep)
-    settings["solver"] |= dict.fromkeys(SYSTEMS[sweep.system].BATCHED)
+    settings["solver"] |= dict.fromkeys(SYSTEMS[sweep.system].BATCHED if sweep.system in SYSTEMS else ())
     return str((settings, stages.key("data", inputs(sweep))))
 
 
@@ -109,7 +109,9 @@ def _evaluate(sweeps: Sequence[Sweep], folder: Path, batch: str) -> list[tuple[S
     data = prepared(sweep, folder)
     if sweep.search.objective == "nrmse" and data.truth is None:
         raise DataError("the objective nrmse needs a truth; give data.truth, or search.objective: heldout")
-    _check_memory(sweep, data, len(sweeps))
+    need = needs.solve(sweep, elements=len(data.chem.elements), shape=data.shape, chem_tilts=data.chem.tilts,
+                       haadf_tilts=data.haadf.tilts if data.haadf else 0)
+    needs.check_memory(sweep, need, len(sweeps))
     programs.about(f"{sweep.solver.method} {data.shape} {bucket(data.haadf.tilts if data.haadf else 0)} "
                    f"{bucket(data.chem.tilts)} {len(sweeps)}")
     passed: list[dict[int, Score]] = [{} for _ in sweeps]
@@ -136,30 +138,6 @@ def _finished(judge: Judge, sweeps: Sequence[Sweep], chosen: list[Any], solution
             ends[k] = _merged(ends[k], held)
             passed[k] = {n: _merged(passed[k][n], stopped[n]) for n in sorted(passed[k].keys() & stopped.keys())}
     return [_stopped(judge, *each) for each in zip(chosen, solutions, ends, passed, strict=True)]
-
-
-def _check_memory(sweep: Sweep, data: MultiModal, trials: int) -> None:
-    """DataError, with the arithmetic, where the device that will solve has not the memory for it."""
-    import jax
-
-    solver = sweep.solver
-    device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else _memory_free()
-    need = needs.solve(sweep, elements=len(data.chem.elements), shape=data.shape, chem_tilts=data.chem.tilts,
-                       haadf_tilts=data.haadf.tilts if data.haadf else 0).bytes
-    shared = solver.devices if device.platform == "cpu" else 1
-    if 0 < limit < trials * shared * sum(need.values()):
-        many = f"{trials} trials at once need {trials} times " if trials > 1 else "the trial needs "
-        raise DataError(f"{many}{estimate.arithmetic(need)} on each of {solver.devices} devices, and the "
-                        f"{device.platform} has {estimate.size(limit)}: lower data.size or search.batch, or raise "
-                        "solver.devices")
-
-
-def _memory_free() -> int:
-    """Bytes that this machine can still give; 0 where it does not tell."""
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)
 
 
 def _stopped(judge: Judge, chosen: Any, solution: Solution, score: Score,
@@ -305,7 +283,11 @@ def _write_volume(folder: Path, name: str, sweep: Sweep, solution: Solution) -> 
                            dimension_names=_axes(field, array.shape, volume.shape))
     for term, values in solution.history.items():
         group.create_array(f"history_{term}", data=values.astype(np.float64), dimension_names=("iteration",))
-    data = prepared(sweep, folder)
-    group.attrs.update({"elements": list(data.chem.elements), "voxel_nm": data.chem.pixel_size,
-                        "metrics": solution.metrics, "status": solution.status})
+    if sweep.system == "mset":
+        elements, voxel = scanned.described(sweep, folder)
+    else:
+        chem = prepared(sweep, folder).chem
+        elements, voxel = chem.elements, chem.pixel_size
+    group.attrs.update({"elements": list(elements), "voxel_nm": voxel, "metrics": solution.metrics,
+                        "status": solution.status})
     return name

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from engine.data import DataError
-from engine.rotation import about, euler, matrix, rotate, rotate_back, tilt
+from engine.euler import about, euler, matrix
+from engine.rotation import rotate, rotate_back, tilt
 from tests.specimens import distance
 
 ANGLES = [(0, 0, 30), (0, 0, -75), (0, 0, 90), (0, 0, -180), (0, 0, 44.9), (20, 0, 0), (0, -130, 0), (37, -61, 118)]

@@ -121,7 +121,7 @@ BAD: list[Broken] = [
     _edit("no name", 1, "# name: trial", "name", "is missing"),
     _edit("no phantom", 4, "  # phantom: cocuo", "data.phantom", "is missing", at=3),
     _edit("bad name", 1, "name: ../other", "name", "folder"),
-    _edit("system not built", 2, "system: mset", "system", "mset is not built yet", "fused3d"),
+    _edit("system not built", 2, "system: mspt", "system", "mspt is not built yet", "fused3d"),
     _edit("unknown system", 2, "system: fused3", "system", "did you mean fused3d?"),
     _edit("unknown phantom", 4, "  phantom: cocou", "data.phantom", "did you mean cocuo?"),
     _edit("unknown method", 13, "  method: fussed", "solver.method", "did you mean fused?"),
@@ -310,30 +310,32 @@ def test_every_shipped_sweep_loads(name: str) -> None:
     assert sweep.name.replace("-", "_") == name
 
 
-@pytest.mark.parametrize("system", ["fused3d", "hebt"])
+@pytest.mark.parametrize("system", ["fused3d", "hebt", "mset"])
 @pytest.mark.parametrize("measured", [False, True])
 def test_the_template_loads_and_explains_every_setting(measured: bool, system: str, tmp_path: Path) -> None:
     text = settings.template(system, measured)
     sweep = settings.load(_write(tmp_path, text))
     assert settings.tunables(sweep)
-    data = settings.Measured if measured else settings.Particle if system == "hebt" else settings.Phantom
+    own = {"hebt": settings.Particle, "mset": settings.Scanned}.get(system, settings.Phantom)
+    data = own if not measured else settings.Recorded if system == "mset" else settings.Measured
     for name in data.model_fields:
         assert f"\n  {name}:" in text or f"\n  # {name}:" in text
     # Settings that are not given stand there behind a comment sign; without it they load too.
     names = {name.split(".")[-1] for name, _ in settings.fields()}
     names -= {"responses"} if measured else set()  # those of the example's other elements
-    names -= {"candidates"} if system == "fused3d" else set()  # which does not take them
+    names -= {"fused3d": {"candidates"}, "mset": {"fractions"}}.get(system, set())  # which do not take them
     given = re.sub(r"(?m)^( *)# (\w+): (?!null)",
                    lambda m: f"{m[1]}{m[2]}: " if m[2] in names else m[0], text)
     # What has an example and no default:
     without = {"search.trial_timeout": None, "search.budget_hours": None, "output.fractions": None}
     without |= {"solver.responses": None} if system == "hebt" else {}
+    without |= {"data.dose": None} if system == "mset" and not measured else {}
     assert (settings.replace(settings.load(_write(tmp_path, given)), without) == sweep) is not measured
 
 
 def test_the_template_of_a_system_that_is_not_built() -> None:
-    with pytest.raises(SettingsError, match="mset is not built yet; built: fused3d, fused2d, hebt"):
-        settings.template("mset")
+    with pytest.raises(SettingsError, match="mspt is not built yet; built: fused3d, fused2d, hebt, mset"):
+        settings.template("mspt")
 
 
 def test_every_setting_has_a_unit_and_a_description() -> None:

@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 from engine import estimate, fused2d, fused3d, iterate, metrics
-from sweeps import specimens, stages, trial
+from sweeps import needs, specimens, stages, trial
 from sweeps.schema import Fused3D
 from sweeps.settings import dump, load
 
@@ -48,7 +48,7 @@ def evaluate(folder, number=0, **changes):
 @pytest.fixture(autouse=True)
 def nothing_in_memory(monkeypatch):
     """Each test reads its data anew, as a fresh worker does."""
-    monkeypatch.setattr(specimens._Recent, "kept", {})
+    monkeypatch.setattr(specimens, "_kept", {})
 
 
 def maps(folder, **changes):
@@ -131,7 +131,7 @@ def test_data_are_kept_in_stages_and_a_torn_file_is_made_again(tmp_path):
     kept = sorted(tmp_path.glob("stages/simulate-*.npz"))
     assert len(kept) == 1 and len(list(tmp_path.glob("stages/truth-*.npz"))) == 1
     kept[0].write_bytes(kept[0].read_bytes()[:100])
-    specimens._Recent.kept.clear()
+    specimens._kept.clear()
     again = maps(tmp_path)
     np.testing.assert_array_equal(first[0], again[0])
     assert not list(tmp_path.glob("stages/*.partial"))
@@ -248,7 +248,7 @@ def test_trials_that_do_not_fit_are_refused_with_the_arithmetic(tmp_path, monkey
     need = sum(estimate.solve(system="fused3d", method="fused", elements=4, shape=(16, 16, 16), haadf_tilts=9,
                               chem_tilts=5, iterations=2, inner=4).bytes.values())
     for limit, passes in ((trials * need, True), (trials * need - 1, False)):
-        monkeypatch.setattr(trial, "_memory_free", lambda limit=limit: limit)
+        monkeypatch.setattr(needs, "_memory_free", lambda limit=limit: limit)
         rows = trial.run(message(tmp_path, *sweeps))
         assert [row["status"] == "ok" for row in rows] == [passes] * trials
     many = "3 trials at once need 3 times " if trials == 3 else "the trial needs "

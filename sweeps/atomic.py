@@ -1,0 +1,102 @@
+"""Atoms of an mset run: the true ones of a specimen, those that were traced, and what a run says of them. No JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from engine.atoms import Atoms, nanoparticle
+from engine.data import DataError
+from engine.tracing import HEAVY, NON_ATOM, Comparison, Traced, compare, otsu, trace, traced_xyz
+from sweeps.patterns import Recorded, Scanned
+from sweeps.settings import Sweep
+from sweeps.tables import Run
+
+SYMBOLS = {"cuau": ("Cu", "Au"), "bao": ("O", "Ba")}  # light, heavy
+COLUMNS = ("z", "y", "x", "intensity", "class")  # of the atoms beside a volume; lengths in nm
+
+
+def specimen(data: Scanned) -> Atoms:
+    """The particle that is scanned."""
+    return nanoparticle(data.phantom, data.radius, disorder=data.disorder, seed=data.particle)
+
+
+def symbols(data: Scanned | Recorded) -> tuple[str, str]:
+    """Of the light and the heavy element; of measured data as they were given, or X and Y."""
+    if isinstance(data, Scanned):
+        return SYMBOLS[data.phantom]
+    return data.light or "X", data.heavy or "Y"
+
+
+def traced(sweep: Sweep, volume: np.ndarray, voxel: float, threshold: float) -> Traced:
+    """Atoms in a potential (z, y, x); DataError where hardly any stand out. voxel: [nm]."""
+    masked = isinstance(sweep.data, Scanned) and sweep.data.phantom == "bao"  # as the paper does
+    return trace(volume, voxel, threshold=threshold, masked=masked)
+
+
+def compared(data: Scanned, found: Traced) -> Comparison:
+    """Traced atoms beside the true ones."""
+    return compare(found.atoms(*symbols(data)), specimen(data))
+
+
+def scores(found: Comparison) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Numbers of the whole, errors in pm and percent, and of each element: how many of its atoms were found."""
+    whole = {"rmsd": found.rmsd, "tracing_error": 100 * found.tracing_error,
+             "classification": 100 * found.classification}
+    return ({name: value for name, value in whole.items() if np.isfinite(value)},
+            {"found": {symbol: float(count) for symbol, count in found.found.items()}})
+
+
+def table(found: Traced) -> np.ndarray:
+    """(atom, COLUMNS), as it is kept beside a volume."""
+    return np.column_stack([found.positions, found.intensities, found.classes]).astype(np.float64)
+
+
+def from_table(rows: np.ndarray) -> Traced:
+    """The other way."""
+    intensities = rows[:, 3]
+    return Traced(rows[:, :3], intensities, rows[:, 4].astype(int), tuple(otsu(intensities, 3)))  # type: ignore[arg-type]
+
+
+def xyz(sweep: Sweep, rows: np.ndarray, width: float) -> str:
+    """Extended XYZ of the traced atoms. width: of the volume [nm]."""
+    assert isinstance(sweep.data, Scanned | Recorded)
+    return traced_xyz(from_table(rows), width, *symbols(sweep.data))
+
+
+def text(run: Run) -> str:
+    """What the best trial of each cell found of the atoms."""
+    lines = []
+    for cell in run.cells:
+        best: Mapping[str, Any] = run.winner(cell) or {}
+        metrics, found = best.get("metrics", {}), best.get("elements", {}).get("found", {})
+        if "rmsd" not in metrics or not isinstance(cell.sweep.data, Scanned):
+            continue
+        true = specimen(cell.sweep.data).symbols
+        atoms = ", ".join(f"{count:g} of {(true == symbol).sum()} {symbol}" for symbol, count in found.items())
+        lines.append(f"{cell.id}: RMSD {metrics['rmsd']:.2f} pm, tracing error {metrics['tracing_error']:.1f} %, "
+                     f"classification {metrics['classification']:.1f} %; named rightly: {atoms}")
+    return "\n".join(["Atoms", *lines]) if lines else ""
+
+
+def kinds(sweep: Sweep, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """(atom, 3) positions [nm] by what they are: true and rightly named, wrongly named, false, missing.
+
+    Without known atoms: light and heavy.
+    """
+    found, data = from_table(rows), sweep.data
+    kept = found.positions[found.classes != NON_ATOM]
+    if not isinstance(data, Scanned):
+        heavy = found.classes[found.classes != NON_ATOM] == HEAVY
+        return {"light": kept[~heavy], "heavy": kept[heavy]}
+    result, true = compared(data, found), specimen(data)
+    pairs, right = result.pairs, result.right
+    return {"right": kept[pairs[right, 0]], "wrong element": kept[pairs[~right, 0]],
+            "false": np.delete(kept, pairs[:, 0], 0), "missing": np.delete(true.positions, pairs[:, 1], 0)}
+
+
+def known(error: DataError) -> str:
+    """Why a volume has no atoms, for the row of its trial."""
+    return f"no atoms could be traced: {error}"

@@ -1,0 +1,86 @@
+"""The models of 4D-STEM in a sweep's YAML: scanned particles of atoms, series in files, and the solver MSET."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from sweeps.fields import (
+    Indices,
+    Model,
+    NotNegative,
+    Share,
+    TiltRange,
+    Tunable,
+    Weight,
+    WholeTunable,
+    checkpoints,
+    setting,
+    steps,
+    unless,
+)
+
+Dose = Annotated[Annotated[float, Field(gt=0)] | None, unless("none")]
+
+
+class Scanned(Model):
+    """A particle of atoms and the 4D-STEM tilt series that is simulated of it, on a finer grid than the solver's."""
+
+    phantom: Literal["cuau", "bao"] = setting(..., "-", "atoms: cuau (Cu core, Au shell), bao (rock salt)")
+    radius: float = setting(0.65, "nm", "mean radius of the particle, whose shape is random", gt=0)
+    disorder: float = setting(0.02, "nm", "root mean square displacement of the atoms", ge=0)
+    particle: int = setting(0, "-", "number of the random shape and orientation", ge=0)
+    size: int = setting(48, "voxels", "edge of the volume, and pixels of a pattern", ge=8)
+    pixel: float = setting(0.04, "nm", "edge of a voxel", gt=0)
+    tilts: int = setting(12, "tilts", "about the x axis", ge=1)
+    tilt_range: TiltRange = setting(
+        [-90.0, 90.0], "degrees", "lowest and highest tilt; of half a turn the last, which is the first, is left out")
+    probes: int = setting(8, "probes", "along an edge of the square scan, which fills the field", ge=1)
+    dose: Dose = setting(None, "electrons/A^2", "of the whole series; none: without noise", examples=["2.0e5"])
+    voltage: float = setting(300.0, "kV", "that the electrons are accelerated by", gt=0)
+    aperture: float = setting(21.0, "mrad", "semi-angle of the probe", gt=0)
+    defocus: float = setting(-20.0, "nm", "-C1; negative: the crossover lies before the entrance face")
+    c3: float = setting(0.0, "nm", "spherical aberration")
+    c5: float = setting(0.0, "nm", "spherical aberration of fifth order")
+    phonons: int = setting(0, "-", "configurations of shaken atoms that are averaged; 0: their mean blur", ge=0)
+    replicate: int = setting(0, "-", "number of the noise realisation", ge=0)
+
+
+class Recorded(Model):
+    """A 4D-STEM tilt series in a Zarr group, as engine.scans writes it."""
+
+    root: str = setting(".", "-", "folder of the file, relative to this YAML; with --set, to where you are")
+    scan: str = setting(..., "-", "the group: patterns (tilt, probe, qy, qx), angles, positions, and its optics")
+    tilts: Indices | None = setting(
+        None, "-", "indices of the tilts to use, from 0; without it all", examples=["[0, 2, 4, 6]"])
+    crop: Annotated[int, Field(ge=1)] | None = setting(
+        None, "pixels", "of the detector that are kept along an edge; without it all", examples=["48"])
+    bins: int = setting(1, "pixels", "of the detector along an edge that are added up to one", ge=1)
+    light: str | None = setting(None, "-", "symbol of the lighter element, for the traced atoms", examples=["Cu"])
+    heavy: str | None = setting(None, "-", "symbol of the heavier element", examples=["Au"])
+
+
+class Mset(Model):
+    """Multislice electron tomography, and what it is compared with."""
+
+    method: Literal["mset", "sset", "resire", "genfire"] = setting(
+        "mset", "-", "mset; sset: all in one slice; resire, genfire: linear tomography of a dark-field scan of its own")
+    mode: Literal["groups", "paper"] = setting(
+        "groups", "-", "groups of probes and steps of a given length; paper: probe by probe, each step searched")
+    iterations: int = setting(15, "-", "passes over all tilts; resire and genfire take 100 at least", ge=1)
+    step: Weight = setting(1.0, "1/curvature", "length of a step")
+    momentum: Share = setting(0.5, "-", "groups: share of the last change that is added before each step")
+    group: int = setting(8, "probes", "groups: probes of a tilt in one step; 0: all", ge=0)
+    binning: Annotated[WholeTunable, AfterValidator(steps)] = setting(
+        1, "voxels", "layers of voxels in a slice, a divisor of data.size")
+    finer: int = setting(1, "pixels", "of a wave along a voxel's edge; above 1, what misses the detector stays away",
+                         ge=1)
+    positivity: bool = setting(True, "-", "whether negative potentials are set to 0")
+    lambda_tv: NotNegative = setting(0.0, "1/V", "weight of total variation")
+    inner: int = setting(4, "-", "TV dual steps per iteration", ge=1)
+    tolerance: float = setting(0.0, "-", "mean relative change of the cost that ends the solve; 0: never", ge=0)
+    threshold: Tunable = setting(0.08, "-", "peaks above this share of the 99.95th percentile are atoms")
+    record: Annotated[list[int], AfterValidator(checkpoints)] = setting(
+        [], "-", "iterations at which the volume is scored as well, an axis of the atlas")
+    devices: int = setting(1, "devices", "GPUs, or parts of a CPU, that share one reconstruction, by probes", ge=1)

@@ -1,0 +1,180 @@
+"""Trials of mset: a 4D-STEM tilt series in, a potential, its atoms and their errors out. Imports JAX, as a worker does.
+
+The data of a specimen are simulated without noise once, and counted anew for each dose.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import adf, diffraction, mset, scans
+from engine.data import DataError, Solution, TiltSeries
+from engine.diffraction import DiffractionSeries, Scan
+from engine.iterate import Keep
+from engine.multislice import Optics
+from sweeps import atomic, needs, stages
+from sweeps.patterns import Mset, Recorded, Scanned
+from sweeps.rules import LINEAR
+from sweeps.scores import Score
+from sweeps.settings import Sweep, dump
+from sweeps.specimens import recent
+
+DARK = 100  # iterations that linear tomography takes at least (the paper's)
+WINDOW = 0.96  # [nm] around a focused probe in which its wave is followed
+COUNTED = ("dose", "replicate")  # settings that change the counts of one and the same series
+
+
+def evaluate(sweeps: Sequence[Sweep], folder: Path, batch: str) -> list[tuple[Solution, dict[str, Any]]]:
+    """Solutions and scores, one after the other; `sweeps.trial` has what a batch is."""
+    return [_evaluated(sweep, folder, f"{batch}-{k}" if len(sweeps) > 1 else batch) for k, sweep in enumerate(sweeps)]
+
+
+def described(sweep: Sweep, folder: Path) -> tuple[tuple[str, ...], float]:
+    """What a volume is of, and the edge of its voxels [nm]."""
+    data = sweep.data
+    return ("potential",), data.pixel if isinstance(data, Scanned) else recorded(sweep, folder).pixel
+
+
+def recorded(sweep: Sweep, folder: Path) -> DiffractionSeries:
+    """The patterns of a cell, with their noise."""
+    data = sweep.data
+    if isinstance(data, Recorded):
+        return recent("recorded", dump(sweep)["data"], lambda: scans.load(
+            Path(data.root, data.scan), tilts=data.tilts, crop=data.crop, bins=data.bins))
+    assert isinstance(data, Scanned)
+    clean = recent("scanned", _clean(data), lambda: _scanned(data, folder))
+    return clean if data.dose is None else diffraction.with_dose(clean, data.dose, _seed(sweep))
+
+
+def dark_field(sweep: Sweep, folder: Path) -> TiltSeries:
+    """The images of a focused scan with a probe at every voxel, at the same dose."""
+    data = sweep.data
+    assert isinstance(data, Scanned)
+    clean = recent("dark field", _clean(data), lambda: _dark_field(data, folder))
+    return clean if data.dose is None else adf.with_dose(clean, data.dose, _seed(sweep))
+
+
+def left_out(series: DiffractionSeries, folds: int, seed: int) -> np.ndarray:
+    """(tilt, probe) False for one of `folds` equal parts of each tilt's patterns, drawn at random."""
+    tilts, count = series.patterns.shape[:2]
+    parts = max(1, count // folds)
+    rng, fitted = np.random.default_rng([20_240, seed]), np.ones((tilts, count), bool)
+    for row in fitted:
+        row[rng.choice(count, parts, replace=False)] = False
+    return fitted
+
+
+def _evaluated(sweep: Sweep, folder: Path, batch: str) -> tuple[Solution, dict[str, Any]]:
+    given = sweep.solver
+    assert isinstance(given, Mset)
+    passed: dict[int, Score] = {}
+    _, voxel = described(sweep, folder)
+
+    def observe(n: int, volume: np.ndarray) -> None:
+        passed[n] = _score(sweep, volume[0], voxel, {})[0]
+
+    solution = _solver(sweep, folder, batch)(checkpoints=given.record, observe=observe)
+    if not solution.ok:
+        return solution, {"objective": None, "metrics": {}, "elements": {}, "checkpoints": []}
+    score, fields = _score(sweep, solution.volume[0], voxel, solution.metrics)
+    solution = replace(solution, fields=fields, metrics=solution.metrics | {
+        "iterations": len(next(iter(solution.history.values()))) - 1})
+    return solution, score | {"checkpoints": [{"iterations": n, **passed[n]} for n in sorted(passed)]}
+
+
+def _solver(sweep: Sweep, folder: Path, batch: str) -> Any:
+    """The solve of a trial; it takes checkpoints and observe."""
+    given, record = sweep.solver, sweep.solver.record
+    assert isinstance(given, Mset)
+    if given.method in LINEAR:
+        images = dark_field(sweep, folder)
+        return partial(adf.reconstruct, images, adf.Settings(
+            given.method, max(DARK, given.iterations), positivity=given.positivity))  # type: ignore[arg-type]
+    series, values = recorded(sweep, folder), given.model_dump()
+    needs.check_memory(sweep, needs.solve(sweep, elements=1, shape=(series.size,) * 3, haadf_tilts=0,
+                                          chem_tilts=len(series.angles), probes=len(series.positions)), 1)
+    chosen = mset.Settings(**{name: values[name] for name in mset.Settings.__dataclass_fields__})
+    chosen = replace(chosen, binning=0) if given.method == "sset" else chosen
+    fitted = left_out(series, sweep.search.folds, sweep.seed) if sweep.search.objective == "heldout" else None
+    keep = Keep(folder / "partial" / f"{batch}.npz", stages.key("solve", {"sweep": dump(sweep)}))
+    return partial(mset.reconstruct, series, chosen, keep=None if record else keep, fitted=fitted)
+
+
+def _score(sweep: Sweep, volume: np.ndarray, voxel: float,
+           metrics: dict[str, Any]) -> tuple[Score, dict[str, np.ndarray]]:
+    """The score of a potential (z, y, x), and the atoms in it, as fields; a volume without atoms has a status."""
+    solver, objective = sweep.solver, sweep.search.objective
+    assert isinstance(solver, Mset)
+    threshold = solver.threshold
+    assert isinstance(threshold, float)
+    names = {"amplitude_error": "amplitude_error", "held_out_error": "heldout"}
+    found: Score = {"objective": None, "metrics": {ours: metrics[own] for own, ours in names.items() if own in metrics},
+                    "elements": {}}
+    fields: dict[str, np.ndarray] = {}
+    try:
+        traced = atomic.traced(sweep, volume, voxel, threshold)
+        fields["atoms"] = atomic.table(traced)
+        if isinstance(sweep.data, Scanned):
+            whole, each = atomic.scores(atomic.compared(sweep.data, traced))
+            found["metrics"] |= whole
+            found["elements"] |= each
+    except DataError as error:
+        if objective in ("rmsd", "tracing_error"):
+            found["status"] = atomic.known(error)
+    found["objective"] = found["metrics"].get(objective)
+    if metrics and found["objective"] is None:
+        found.setdefault("status", "no traced atom lies near a true one")
+    return found, fields
+
+
+def _clean(data: Scanned) -> dict[str, Any]:
+    """What a series without noise follows from."""
+    return data.model_dump(exclude=set(COUNTED))
+
+
+def _seed(sweep: Sweep) -> int:
+    """Of the noise: from the sweep's seed and the data settings alone."""
+    return zlib.crc32(stages.key("noise", {"data": dump(sweep)["data"], "seed": sweep.seed}).encode())
+
+
+def _optics(data: Scanned) -> Optics:
+    return Optics(data.voltage, data.aperture, data.defocus, data.c3, data.c5)
+
+
+def angles(data: Scanned) -> np.ndarray:
+    """(tilt,) [deg]; of half a turn the end is left out, which shows what the start shows."""
+    low, high = data.tilt_range
+    if data.tilts == 1:
+        return np.array([(low + high) / 2])
+    return np.linspace(low, high, data.tilts, endpoint=high - low < 180)
+
+
+def _scanned(data: Scanned, folder: Path) -> DiffractionSeries:
+    scan = Scan(data.size, data.pixel, data.probes, _optics(data), phonons=data.phonons)
+
+    def make() -> stages.Arrays:
+        made = diffraction.simulate(atomic.specimen(data), scan, angles(data))
+        return {"patterns": made.patterns} | ({} if made.adf is None else {"adf": made.adf})
+
+    arrays = stages.stage(folder, "scan", _clean(data), make)
+    return DiffractionSeries(arrays["patterns"], angles(data), scan.positions, data.pixel, scan.optics,
+                             adf=arrays.get("adf"))
+
+
+def _dark_field(data: Scanned, folder: Path) -> TiltSeries:
+    """In focus at half depth, of atoms at rest."""
+    optics = replace(_optics(data), defocus=data.size * data.pixel / 2)
+    scan = Scan(data.size, data.pixel, data.size, optics, finer=5, slices=0.2, thermal=0.0)
+
+    def make() -> stages.Arrays:
+        return {"images": adf.simulate(atomic.specimen(data), scan, angles(data), WINDOW).projections}
+
+    arrays = stages.stage(folder, "dark", _clean(data), make)
+    return TiltSeries(arrays["images"], angles(data), (adf.NAME,), data.pixel, "intensity")
