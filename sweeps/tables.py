@@ -51,6 +51,7 @@ TITLES = {
     "heldout": "held-out deviance",
 }
 REPLICATE = "replicate"
+GAINS = {"hebt": "HEBT / best of the maps alone", "mset": "many slices / best of the others with the same data"}
 
 
 @dataclass(frozen=True)
@@ -276,8 +277,7 @@ def _gain_text(run: Run) -> str:
     if found is None:
         return ""
     span = " to ".join(dict.fromkeys(f"{ratio:.3f}" for ratio in found))
-    words = {"hebt": "HEBT / best of the maps alone", "mset": "many slices / best of the others with the same data"}
-    lines = [f"{words.get(run.sweep.system, 'fused / best conventional with the same maps')}: {span}"]
+    lines = [f"{GAINS.get(run.sweep.system, 'fused / best conventional with the same maps')}: {span}"]
     cell, score, others = min((each for each in rivals(run) if each[2]), key=lambda each: each[1].value)
     folds = [name for name in score.metrics if name.startswith(f"{run.metric}_fold_")]
     for other, rival in others if len(folds) > 1 else []:
