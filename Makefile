@@ -2,7 +2,7 @@
 #   make run     the quickstart sweep: two workers over MPI, a few minutes, ends with a table and runs/quickstart/
 #   make test    all tests, the slow ones too (PYTEST="-m 'not slow'" leaves them out)
 #   make test-slurm  sweeps on a real Slurm of one node, which it installs (apt-get) and starts as root; three minutes
-#   make bench   all measurements on this machine's cores, about half an hour, into docs/BENCHMARKS.md
+#   make bench   all measurements on this machine's cores, about an hour, into docs/BENCHMARKS.md
 #   make bench-scale  the coordinator on simulated machines of up to 27,648 workers, about 40 minutes
 #   make bench-gpu  the same for the kernels and solves on a GPU
 #   make lint    ruff and mypy
