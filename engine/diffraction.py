@@ -64,6 +64,9 @@ class DiffractionSeries:
         if np.abs(positions).max() > self.size * self.pixel / 2:
             raise DataError(f"a probe lies {np.abs(positions).max():.3g} nm from the centre of a field "
                             f"{self.size * self.pixel:.3g} nm wide; give positions in nm from the tilt axis")
+        if self.adf is not None and (np.shape(self.adf) != patterns.shape[:2] or not np.isfinite(self.adf).all()):
+            raise DataError(f"the dark field has shape {np.shape(self.adf)}; {patterns.shape[:2]} (tilt, probe) finite "
+                            "numbers are needed")
         object.__setattr__(self, "patterns", patterns)
         object.__setattr__(self, "angles", angles)
         object.__setattr__(self, "positions", positions)
