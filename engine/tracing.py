@@ -6,8 +6,9 @@ the neighbours, axis by axis; its intensity the sum over 5^3 voxels. Three class
 are non-atom, the lighter and the heavier element. A traced atom is a true one's if it is less than 0.09 nm away; each
 is matched once, so that the sum of squared distances is least.
 
-Otsu's criterion makes three classes whatever there is: in a volume without any non-atoms, which data hardly give, it
-parts the atoms of one element and calls the weakest non-atoms.
+Otsu's criterion makes three classes whatever there is: in a volume without non-atoms it parts the atoms of one element
+and calls the weaker ones non-atoms. Two neighbouring classes whose means are within a fifth are therefore one; what is
+left is parted in two, the elements. Parts of one element were found at ratios of 0.83 to 0.98, classes at 0.2 to 0.75.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ APART = 0.14  # [nm]; the closest atoms of CuAu are 0.267 nm apart, those of BaO
 THRESHOLD, PERCENTILE = 0.08, 99.95
 BOX = 5  # voxels along an edge of the cube whose sum is an atom's intensity
 NEAR = 0.09  # [nm] within which a traced atom is a true one's
+ALIKE = 0.8  # ratio of the means of two classes above which they are one
 NON_ATOM, LIGHT, HEAVY = 0, 1, 2
 
 
@@ -34,7 +36,8 @@ NON_ATOM, LIGHT, HEAVY = 0, 1, 2
 class Traced:
     """positions: (atom, 3), z, y, x [nm] from the volume's centre. intensities: (atom,), brightest first.
 
-    classes: (atom,) of NON_ATOM, LIGHT, HEAVY. thresholds: the two intensities between the classes.
+    classes: (atom,) of ALIKE = 0.8  # ratio of the means of two classes above which they are one
+NON_ATOM, LIGHT, HEAVY. thresholds: the two intensities between the classes.
     """
 
     positions: np.ndarray
@@ -74,19 +77,22 @@ def trace(volume: np.ndarray, pixel: float, *, smooth: float = SMOOTH, apart: fl
           threshold: float = THRESHOLD, masked: bool = False) -> Traced:
     """Atoms in a potential (z, y, x) with voxels of `pixel` nm, by the rules above.
 
-    masked: keep only what lies above Otsu's threshold of the smoothed volume, as the paper does for BaO.
+    masked: keep only peaks inside the particle, by Otsu's threshold, as the paper does for BaO; of the volume smoothed
+    by `apart`, in which light atoms beside heavy ones do not stand apart.
     """
-    smoothed = gaussian_filter(np.asarray(volume, np.float64), smooth / pixel, mode="constant")
-    if masked:
-        smoothed = np.where(smoothed > otsu(smoothed[smoothed > 0], 2)[0], smoothed, 0)
+    volume = np.asarray(volume, np.float64)
+    smoothed = gaussian_filter(volume, smooth / pixel, mode="constant")
     peaks = _peaks(smoothed, apart / pixel, threshold)
+    if masked:
+        envelope = gaussian_filter(volume, apart / pixel, mode="constant")
+        peaks = peaks[envelope[tuple(peaks.T)] > otsu(envelope, 2)[0]]
     if len(peaks) < 3:
         raise DataError(f"{len(peaks)} atoms stand out from the volume; three classes need three or more: "
                         "lower the threshold, or reconstruct further")
     sums = uniform_filter(smoothed, BOX, mode="constant")[tuple(peaks.T)] * BOX**3
     order = np.argsort(-sums, kind="stable")
     peaks, sums = peaks[order], sums[order]
-    low, high = otsu(sums, 3)
+    low, high = _thresholds(sums)
     positions = (peaks + _beside(smoothed, peaks) - (np.array(volume.shape) - 1) / 2) * pixel
     return Traced(positions, sums, np.digitize(sums, (low, high), right=True), (low, high))
 
@@ -149,6 +155,17 @@ def otsu(values: np.ndarray, classes: int) -> list[float]:
     else:
         raise ValueError("two or three classes")
     return [float(values[c - 1] + values[c]) / 2 for c in cuts]
+
+
+def _thresholds(intensities: np.ndarray) -> tuple[float, float]:
+    """Between non-atoms, the lighter and the heavier element."""
+    low, high = otsu(intensities, 3)
+    classes = np.digitize(intensities, (low, high), right=True)
+    counts = np.bincount(classes, minlength=3)
+    means = np.bincount(classes, intensities, 3) / np.maximum(counts, 1)
+    if counts.min() == 0 or (means[:-1] > ALIKE * means[1:]).any():
+        return 0.0, otsu(intensities, 2)[0]
+    return low, high
 
 
 def _peaks(volume: np.ndarray, apart: float, threshold: float) -> np.ndarray:

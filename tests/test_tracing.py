@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from engine.atoms import Atoms, nanoparticle
+from engine.atoms import Atoms, nanoparticle, potential
 from engine.data import DataError
 from engine.tracing import HEAVY, LIGHT, NON_ATOM, compare, match, otsu, trace, traced_xyz
 
@@ -89,10 +89,23 @@ def test_what_is_weak_or_too_close_is_not_traced(particle):
     assert len(trace(drawn(particle, sigma=0.03) + drawn(beside, sigma=0.03), PIXEL).positions) == count + 1
 
 
-def test_a_mask_drops_what_is_below_otsus_threshold(particle):
+def test_a_mask_drops_what_is_outside_the_particle(particle):
     noisy = ghosts(drawn(particle), 4, 0.25)
     assert len(trace(noisy, PIXEL).positions) == len(particle) + 4
     assert len(trace(noisy, PIXEL, masked=True).positions) == len(particle)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("model", "radius", "light", "heavy"), [("cuau", 0.65, "Cu", "Au"), ("bao", 0.75, "O", "Ba")])
+def test_atoms_of_their_own_potential_are_all_found(model, radius, light, heavy, masked):
+    """No non-atoms are there to be a class: the elements are not parted instead."""
+    pytest.importorskip("gemmi")
+    atoms = nanoparticle(model, radius)
+    traced = trace(potential(atoms, 48, PIXEL, thermal=0.0085), PIXEL, masked=masked)
+    result = compare(traced.atoms(light, heavy), atoms)
+    assert result.rmsd < 2.5
+    assert (result.tracing_error, result.classification) == pytest.approx((0, 1), abs=0.05 if masked else 0)
+    assert not (traced.classes == NON_ATOM).any() and traced.thresholds[0] == 0
 
 
 def test_errors_are_counted_as_the_paper_counts():
