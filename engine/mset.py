@@ -3,10 +3,8 @@
     minimise over V >= 0   sum over tilts, probes of | |far field of V| - sqrt(pattern) |^2 + n lambda_tv TV(V)  (Eq. 5)
 
 n is the number of patterns per pixel of the field, so that one lambda_tv suits coarse and fine scans, few and many
-tilts.
-
-The specimen is turned to a tilt, its slices' gradient (Eq. B5) is taken from a group of that tilt's probes at once,
-the volume steps against it and is turned back, and what is negative is set to 0: the paper's Appendix A, with the
+tilts. The specimen is turned to a tilt, its slices' gradient (Eq. B5) is taken from a group of that tilt's probes at
+once, the volume steps against it and is turned back, and what is negative is set to 0: the paper's Appendix A, with the
 sign of its Eq. B6. A slice may hold several layers of voxels; with all in one this is single-slice tomography.
 
 Steps are counted in 1 / (2 x illumination x layers), the inverse of the largest curvature that weak scattering can
@@ -58,13 +56,15 @@ SHORTEST = 1e-4  # share of the first step below which the search ends, without 
 class Settings:
     """Numbers of one solve.
 
-    mode: `groups` takes steps of a given length; `paper` one probe at a time, each step searched backwards from
-    FIRST times that length, without momentum. iterations: passes over all tilts. step: in units of the inverse
-    curvature. momentum: share of the last change of the volume that is added before each step. group: probes of a tilt
-    in one step, far apart, 0 for all: few need fewer iterations, many fill a GPU. binning: layers of voxels in a
-    slice; 0 for all in one (SSET). finer: pixels of a wave along a voxel's edge; with 1, as in the paper, electrons
-    that miss the detector fold back onto it. positivity: whether negative potentials are set to 0. lambda_tv: weight
-    of total variation [1 / V]; inner: its steps in each iteration. devices: over which the probes are spread.
+    mode: `groups` takes steps of a given length; `paper` one probe at a time, each step searched backwards from FIRST
+    times that length, without momentum. iterations: passes over all tilts. step: in units of the inverse curvature.
+    momentum: share of the last change of the volume that is added before each step. group: probes of a tilt in one
+    step, far apart, 0 for all: few need fewer iterations, many fill a GPU. binning: layers of voxels in a slice; 0 for
+    all in one (SSET); 4 of 0.04 nm were as good as 1 at 48^3, in a quarter of the time. finer: pixels of a wave along a
+    voxel's edge; with 1, as in the paper, electrons that miss the detector fold back onto it. positivity: whether
+    negative potentials are set to 0. lambda_tv: weight of total variation [1 / V]; 1e-6 halved RMSD at all doses, and
+    at low ones keeps noise from passing for atoms; inner: its steps in each iteration. devices: over which the probes
+    are spread.
     """
 
     mode: Literal["groups", "paper"] = "groups"
