@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, maximum_filter, uniform_filter
+from scipy.ndimage import binary_fill_holes, gaussian_filter, maximum_filter, uniform_filter
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 
@@ -85,7 +85,8 @@ def trace(volume: np.ndarray, pixel: float, *, smooth: float = SMOOTH, apart: fl
     peaks = _peaks(smoothed, apart / pixel, threshold)
     if masked:
         envelope = gaussian_filter(volume, apart / pixel, mode="constant")
-        peaks = peaks[envelope[tuple(peaks.T)] > otsu(envelope, 2)[0]]
+        inside = binary_fill_holes(envelope > otsu(envelope, 2)[0])  # a light core in a heavy shell is no hole
+        peaks = peaks[inside[tuple(peaks.T)]]
     if len(peaks) < 3:
         raise DataError(f"{len(peaks)} atoms stand out from the volume; three classes need three or more: "
                         "lower the threshold, or reconstruct further")

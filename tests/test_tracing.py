@@ -95,6 +95,13 @@ def test_a_mask_drops_what_is_outside_the_particle(particle):
     assert len(trace(noisy, PIXEL, masked=True).positions) == len(particle)
 
 
+def test_a_mask_keeps_a_dark_core():
+    """As the dark field sees copper in gold; 64^3 voxels hold a shell that is closed."""
+    atoms = nanoparticle("cuau", 0.9)
+    volume = drawn(atoms, size=64, heights={"Cu": 0.2, "Au": 1.0})
+    assert len(trace(volume, PIXEL, masked=True).positions) == len(trace(volume, PIXEL).positions) == len(atoms)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("model", "radius", "light", "heavy"), [("cuau", 0.65, "Cu", "Au"), ("bao", 0.75, "O", "Ba")])
 def test_atoms_of_their_own_potential_are_all_found(model, radius, light, heavy, masked):
