@@ -9,8 +9,8 @@ import numpy as np
 
 from engine.atoms import Atoms, nanoparticle
 from engine.data import DataError
-from engine.tracing import HEAVY, NON_ATOM, Comparison, Traced, compare, otsu, trace, traced_xyz
-from sweeps.patterns import Recorded, Scanned
+from engine.tracing import HEAVY, LIGHT, NON_ATOM, Comparison, Traced, compare, trace, traced_xyz
+from sweeps.patterns import Mset, Recorded, Scanned
 from sweeps.settings import Sweep
 from sweeps.tables import Run
 
@@ -30,10 +30,10 @@ def symbols(data: Scanned | Recorded) -> tuple[str, str]:
     return data.light or "X", data.heavy or "Y"
 
 
-def traced(sweep: Sweep, volume: np.ndarray, voxel: float, threshold: float) -> Traced:
+def traced(given: Mset, volume: np.ndarray, voxel: float) -> Traced:
     """Atoms in a potential (z, y, x); DataError where hardly any stand out. voxel: [nm]."""
-    masked = isinstance(sweep.data, Scanned) and sweep.data.phantom == "bao"  # as the paper does
-    return trace(volume, voxel, threshold=threshold, masked=masked)
+    assert isinstance(given.threshold, float)
+    return trace(volume, voxel, threshold=given.threshold, masked=given.inside)
 
 
 def compared(data: Scanned, found: Traced) -> Comparison:
@@ -55,9 +55,10 @@ def table(found: Traced) -> np.ndarray:
 
 
 def from_table(rows: np.ndarray) -> Traced:
-    """The other way."""
-    intensities = rows[:, 3]
-    return Traced(rows[:, :3], intensities, rows[:, 4].astype(int), tuple(otsu(intensities, 3)))  # type: ignore[arg-type]
+    """The other way; the thresholds are the largest intensities below them."""
+    intensities, classes = rows[:, 3], rows[:, 4].astype(int)
+    low, high = (float(intensities[classes < above].max(initial=0.0)) for above in (LIGHT, HEAVY))
+    return Traced(rows[:, :3], intensities, classes, (low, high))
 
 
 def xyz(sweep: Sweep, rows: np.ndarray, width: float) -> str:

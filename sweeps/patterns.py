@@ -81,6 +81,7 @@ class Mset(Model):
     inner: int = setting(4, "-", "TV dual steps per iteration", ge=1)
     tolerance: float = setting(0.0, "-", "mean relative change of the cost that ends the solve; 0: never", ge=0)
     threshold: Tunable = setting(0.08, "-", "peaks above this share of the 99.95th percentile are atoms")
+    inside: bool = setting(True, "-", "whether atoms are sought inside the particle alone, told by Otsu's threshold")
     record: Annotated[list[int], AfterValidator(checkpoints)] = setting(
         [], "-", "iterations at which the volume is scored as well, an axis of the atlas")
     devices: int = setting(1, "devices", "GPUs, or parts of a CPU, that share one reconstruction, by probes", ge=1)

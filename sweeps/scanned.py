@@ -112,14 +112,12 @@ def _score(sweep: Sweep, volume: np.ndarray, voxel: float,
     """The score of a potential (z, y, x), and the atoms in it, as fields; a volume without atoms has a status."""
     solver, objective = sweep.solver, sweep.search.objective
     assert isinstance(solver, Mset)
-    threshold = solver.threshold
-    assert isinstance(threshold, float)
     names = {"amplitude_error": "amplitude_error", "held_out_error": "heldout"}
     found: Score = {"objective": None, "metrics": {ours: metrics[own] for own, ours in names.items() if own in metrics},
                     "elements": {}}
     fields: dict[str, np.ndarray] = {}
     try:
-        traced = atomic.traced(sweep, volume, voxel, threshold)
+        traced = atomic.traced(solver, volume, voxel)
         fields["atoms"] = atomic.table(traced)
         if isinstance(sweep.data, Scanned):
             whole, each = atomic.scores(atomic.compared(sweep.data, traced))

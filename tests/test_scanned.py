@@ -64,7 +64,7 @@ def test_a_trial_is_the_engines_solve_and_its_atoms(tmp_path):
     volume = mset.reconstruct(series, mset.Settings(iterations=6, binning=4)).volume
     kept = volumes(tmp_path, row)
     assert distance(kept["volume"], volume) < 1e-6
-    found = atomic.traced(sweep(), volume[0], 0.04, 0.08)
+    found = atomic.traced(sweep().solver, volume[0], 0.04)
     result = atomic.compared(sweep().data, found)
     assert row["metrics"]["rmsd"] == row["objective"] == pytest.approx(result.rmsd, rel=1e-4)
     assert row["metrics"]["classification"] == pytest.approx(100 * result.classification)
