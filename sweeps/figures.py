@@ -26,8 +26,10 @@ SLICES = "inferno"
 # Okabe and Ito's colours, told apart by colour-blind readers; black first.
 LINES = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX"
-TERMS = {"model": "λ HAADF", "chem": "λ chemistry", "tv": "λ TV", "total": "total"}
+TERMS = {"model": "λ HAADF", "chem": "λ chemistry", "tv": "λ TV", "total": "total", "haadf": "HAADF images", "eds":
+         "X-ray maps"}
 TICKS = [step * 10.0**power for power in range(-3, 4) for step in (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)]
+WIDE = 34  # letters above a panel
 GAP = 0.35  # of a tile, between the fused cells and the conventional rows
 
 
@@ -185,10 +187,8 @@ def _trials(ax: Axes, cell: Cell, rows: list[dict[str, Any]], objective: str, no
     names = _plane(cell.space)
     searched = [row for row in rows if row["kind"] == "search"]
     fine = [row for row in searched if good(row)]
-    ax.set_title(
-        ", ".join(f"{title(axis)} {shown(value)}" for axis, value in cell.coordinates.items()) or cell.id,
-        fontsize=8,
-    )
+    words = ", ".join(f"{title(axis)} {shown(value)}" for axis, value in cell.coordinates.items())
+    ax.set_title(_wrapped(words or cell.id), fontsize=8)
     ax.tick_params(labelsize=7)
     if not fine:
         ax.text(0.5, 0.5, "no trial yet", transform=ax.transAxes, ha="center", va="center", fontsize=8)
@@ -274,7 +274,7 @@ def convergence(histories: Mapping[str, Mapping[str, np.ndarray]], across: int) 
                 lw=1.3,
             )
         _log_axis(ax, np.concatenate([np.asarray(values) for values in history.values()]))
-        ax.set_title(words, fontsize=8)
+        ax.set_title(_wrapped(words), fontsize=8)
         ax.tick_params(labelsize=7)
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(histories) :]:
@@ -292,6 +292,11 @@ def convergence(histories: Mapping[str, Mapping[str, np.ndarray]], across: int) 
         frameon=False,
     )
     return figure
+
+
+def _wrapped(words: str) -> str:
+    """Coordinates on lines of their own where they would run into the next panel."""
+    return words.replace(", ", "\n") if len(words) > WIDE else words
 
 
 def _log_axis(ax: Axes, values: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from sweeps import atomic, bimodal, grid, settings, stages, tables
 from sweeps.atlas import RunFolder, resolved
 from sweeps.grid import Cell
 from sweeps.journal import RunError
-from sweeps.settings import Measured, Particle, Phantom, Sweep
+from sweeps.settings import Hebt, Measured, Particle, Phantom, Sweep
 from sweeps.tables import METHODS, REPLICATE, Run, shown, title
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PAGE = 30  # panels on one figure
 DPI = 150
 THIN = 4  # voxels: a plane as narrow is no picture
-TERMS = ("model", "chem", "tv", "total")
+TERMS = ("model", "chem", "tv", "haadf", "eds", "total")
 # What the two central planes show, and how they are cut from (element, z, y, x).
 PLANES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "xy": (
@@ -150,11 +150,21 @@ def _history(run: Run, cell: Cell) -> dict[str, np.ndarray]:
     if cell.sweep.solver.method in grid.MAPS_ONLY:
         terms.pop("tv", None)  # is told, but is no part of the cost
     known = [name for name in TERMS if name in terms]
+    weights = _shares(solver, len(group.attrs["elements"])) if isinstance(solver, Hebt) else {}
     return {
-        name: terms[name] * getattr(solver, f"lambda_{name}", 1.0)
+        name: terms[name] * weights.get(name, getattr(solver, f"lambda_{name}", 1.0))
         for name in [*known, *sorted(terms.keys() - set(known))]
         if terms[name].any()
     }
+
+
+def _shares(solver: Hebt, elements: int) -> dict[str, float]:
+    """What SIRT weighs the rows of maps and of images with; maps alone are as they are."""
+    if solver.method == "eds" or not isinstance(solver.alpha, float):
+        return {}
+    if solver.scaling == "plain":
+        return {"eds": (1 - solver.alpha) ** 2, "haadf": solver.alpha**2}
+    return {"eds": 1 - solver.alpha, "haadf": solver.alpha / elements}
 
 
 def _flat(run: Run) -> Iterator[tuple[str, str, Figure]]:
