@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from engine import phantoms_hebt
 from engine.phantoms import ELEMENTS
+from engine.physics import SYMBOLS
 from sweeps.defaults import FLAT
 from sweeps.fields import Range, ends
 from sweeps.patterns import Mset, Recorded, Scanned
@@ -18,11 +19,6 @@ Problem = tuple[Keys, str]
 
 HAADF_METHODS = ("fused", "plain", "fista", "hebt")
 LINEAR = ("resire", "genfire")  # of mset: of dark-field images
-SYMBOLS = (
-    "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr "
-    "Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu "
-    "Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr "
-    "Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og").split()
 
 
 def elements(sweep: Sweep) -> tuple[str, ...]:
@@ -125,6 +121,9 @@ def _scanned(sweep: Sweep) -> Iterator[Problem]:
         yield ("search", "objective"), f"{solver.method} fits no patterns; write objective: rmsd or tracing_error"
     if linear and isinstance(data, Recorded):
         yield ("solver", "method"), f"{solver.method} simulates a dark-field scan of its own; measured data take mset"
+    for name in ("light", "heavy") if isinstance(data, Recorded) else ():
+        if getattr(data, name) not in (None, *SYMBOLS):
+            yield ("data", name), f"{getattr(data, name)} is no element; give its symbol, as in Au"
     if isinstance(data, Scanned) and solver.method == "mset":
         wrong = [end for end in ends(solver.binning) if data.size % end]
         if wrong:

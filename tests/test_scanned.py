@@ -194,6 +194,7 @@ def test_a_tables_atoms_come_back():
     ({"search": {"objective": "nrmse"}}, "mset has rmsd, tracing_error, amplitude_error, heldout, not nrmse"),
     ({"solver": {"method": "resire"}, "search": {"objective": "heldout"}}, "resire fits no patterns"),
     ({"data": {"scan": "a.zarr"}}, "rmsd needs known atoms"),
+    ({"data": {"scan": "a.zarr", "heavy": "Gold"}, "search": {"objective": "heldout"}}, "Gold is no element"),
     ({"data": {"scan": "a.zarr"}, "solver": {"method": "genfire"}, "search": {"objective": "amplitude_error"}},
      "measured data take mset"),
     ({"solver": {"step": {"low": 0.1, "high": 1.0}}, "search": {"strategy": "shared"}}, "say nothing of mset"),
