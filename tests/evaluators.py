@@ -106,9 +106,14 @@ def fated(message: Message) -> dict[str, Any]:
 
 @each
 def paced(message: Message) -> dict[str, Any]:
-    """The landscape, slow enough to be killed in, and no sooner than the file `hold` beside the run folder is gone."""
+    """The landscape, slow enough to be killed in; while there is a file `hold` beside the run folder, of trials that it
+    names alone."""
     time.sleep(0.03)
-    while Path(message["folder"]).with_name("hold").exists():
+    hold, name = Path(message["folder"]).with_name("hold"), f"{message['cell']}-{message['trial']}"
+    while hold.exists():
+        with contextlib.suppress(FileNotFoundError):
+            if name in hold.read_text().split():
+                break
         time.sleep(0.01)
     return _landscape(message)
 
