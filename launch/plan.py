@@ -17,7 +17,7 @@ from launch import devices, resources
 from sweeps import grid, needs
 from sweeps.fields import ends
 from sweeps.grid import Cell
-from sweeps.patterns import Recorded, Scanned
+from sweeps.patterns import Mset, Recorded, Scanned
 from sweeps.rules import elements
 from sweeps.settings import Sweep, get, tunables
 from sweeps.sources import Measured
@@ -220,11 +220,24 @@ def _recorded(sweep: Sweep, data: Recorded) -> tuple[Extent, list[str]]:
     try:
         with reading(path):
             group = zarr.open_group(path, mode="r")
-            shape, pixel = group["patterns"].shape, float(str(group.attrs["pixel_nm"]))  # type: ignore[union-attr]
-    except (DataError, KeyError) as error:
-        raise DataError(f"{sweep.where('data.scan')}: {path}: is no 4D-STEM series in Zarr ({error})") from None
-    tilts, probes, stored, _ = shape
+            patterns, pixel = group.get("patterns"), group.attrs.get("pixel_nm")
+    except DataError as error:
+        raise DataError(f"{sweep.where('data.scan')}: {error}") from None
+    if not isinstance(patterns, zarr.Array) or len(patterns.shape) != 4 or not isinstance(pixel, float):
+        raise DataError(f"{sweep.where('data.scan')}: {path}: is no 4D-STEM series, as engine.scans.save writes them; "
+                        "it needs patterns (tilt, probe, qy, qx) and pixel_nm")
+    tilts, probes, stored, _ = patterns.shape
+    if data.tilts and max(data.tilts) >= tilts:
+        raise DataError(f"{sweep.where('data.tilts')}: there is no tilt {max(data.tilts)}; {path} has 0 to {tilts - 1}")
+    if (data.crop or stored) > stored or data.bins > (data.crop or stored):
+        raise DataError(f"{sweep.where('data.crop')}: patterns of {stored} pixels cannot be cropped to "
+                        f"{data.crop or stored} and binned by {data.bins}")
     size = (data.crop or stored) // data.bins
+    if isinstance(sweep.solver, Mset) and sweep.solver.method == "mset":
+        wrong = [end for end in ends(sweep.solver.binning) if size % end]
+        if wrong:
+            raise DataError(f"{sweep.where('solver.binning')}: {size} layers of voxels cannot be cut into slices of "
+                            f"{wrong[0]}")
     line = f"data.scan: {tilts} tilts, {probes} probes, {stored} x {stored} pixels, from {path}"
     return Extent(elements(sweep), (size,) * 3, 0, len(data.tilts or range(tilts)), pixel * stored / (size * data.bins),
                   probes), [line]

@@ -21,7 +21,6 @@ from engine.iterate import Keep
 from engine.multislice import Optics
 from sweeps import atomic, needs, stages
 from sweeps.patterns import Mset, Recorded, Scanned
-from sweeps.rules import LINEAR
 from sweeps.scores import Score
 from sweeps.settings import Sweep, dump
 from sweeps.specimens import recent
@@ -93,10 +92,10 @@ def _solver(sweep: Sweep, folder: Path, batch: str) -> Any:
     """The solve of a trial; it takes checkpoints and observe."""
     given, record = sweep.solver, sweep.solver.record
     assert isinstance(given, Mset)
-    if given.method in LINEAR:
+    if given.method == "resire" or given.method == "genfire":
         images = dark_field(sweep, folder)
         return partial(adf.reconstruct, images, adf.Settings(
-            given.method, max(DARK, given.iterations), positivity=given.positivity))  # type: ignore[arg-type]
+            given.method, max(DARK, given.iterations), positivity=given.positivity))
     series, values = recorded(sweep, folder), given.model_dump()
     needs.check_memory(sweep, needs.solve(sweep, elements=1, shape=(series.size,) * 3, haadf_tilts=0,
                                           chem_tilts=len(series.angles), probes=len(series.positions)), 1)

@@ -8,6 +8,8 @@ import pytest
 import zarr
 
 from engine import atoms, diffraction, mset, scans
+from engine.data import DataError
+from launch import plan
 from sweeps import atomic, grid, report, scanned, settings, tables, trial
 from sweeps.settings import SettingsError
 from tests.specimens import distance
@@ -132,6 +134,27 @@ def test_a_series_in_a_file_is_solved_as_the_simulated_one(recorded, tmp_path):
     run = tables.read(made(tmp_path / "run", given))
     text = next(path.read_text() for path in report.write(run.folder)[0].parent.glob("*.xyz"))
     assert text.splitlines()[1].startswith('Lattice="9.6 0 0 0 9.6 0 0 0 9.6"') and "Au" in text
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"data.scan": "none.zarr"}, "data.scan: .*none.zarr.* does not exist"),
+    ({"data.scan": "stages"}, "data.scan: "),
+    ({"data.scan": "empty.zarr"}, "data.scan: .* needs patterns"),
+    ({"data.tilts": [0, 9]}, "data.tilts: there is no tilt 9; .*series.zarr has 0 to 5"),
+    ({"data.crop": 30}, "data.crop: patterns of 24 pixels cannot be cropped to 30"),
+    ({"solver.binning": 5}, "solver.binning: 24 layers of voxels cannot be cut into slices of 5"),
+])
+def test_a_series_that_does_not_fit_is_told_before_it_runs(changes, words, recorded, tmp_path):
+    zarr.open_group(tmp_path / "empty.zarr", mode="w")
+    with pytest.raises(DataError, match=words):
+        plan.plan(settings.replace(settings.load(recorded), changes))
+
+
+def test_the_plan_of_a_series_has_its_sizes(recorded):
+    found = plan.plan(settings.replace(settings.load(recorded), {"data.bins": 2, "solver.binning": 3}))
+    extent = found.costs[0].extent
+    assert (extent.shape, extent.chem, extent.probes) == ((12,) * 3, 6, 16) and extent.pixel == pytest.approx(0.04)
+    assert found.series[0].startswith("data.scan: 6 tilts, 16 probes, 24 x 24 pixels")
 
 
 # ---- Runs
