@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,9 @@ THERMAL = 0.0085  # [nm] along each axis; gold and copper at room temperature
 class DiffractionSeries:
     """Patterns of every tilt and probe, and what made them.
 
-    patterns: (tilt, probe, qy, qx), float32; frequency 0 lies at n // 2. One pixel is 1 / (n x pixel) 1/nm.
+    patterns: (tilt, probe, qy, qx), float32; frequency 0 lies at n // 2. One pixel is 1 / (n x pixel) 1/nm. In place
+        of an array, anything of that `shape` that gives a tilt's (probe, qy, qx) for its index, as
+        `engine.scans.Streamed` does from disk.
     angles: (tilt, 3) Euler angles [deg] as `engine.euler` has them; of (tilt,), they are about x, the tilt axis.
     positions: (probe, 2), y and x [nm] of the probes, from the field's centre and the tilt axis.
     pixel: [nm] of the field, which is as wide as the volume is deep.
@@ -34,7 +37,7 @@ class DiffractionSeries:
     adf: (tilt, probe) share of the beam on an annular detector; None where it was not recorded (`engine.adf`).
     """
 
-    patterns: np.ndarray
+    patterns: Any
     angles: np.ndarray
     positions: np.ndarray
     pixel: float
@@ -43,21 +46,21 @@ class DiffractionSeries:
     adf: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        patterns, angles = np.asarray(self.patterns, np.float32), np.asarray(self.angles, np.float64)
+        patterns = self.patterns if self.streamed else np.asarray(self.patterns, np.float32)
+        angles = np.asarray(self.angles, np.float64)
         if angles.ndim == 1:
             angles = np.stack([0 * angles, 0 * angles, angles], 1)
         positions = np.asarray(self.positions, np.float64)
-        if patterns.ndim != 4 or patterns.shape[2] != patterns.shape[3] or 0 in patterns.shape:
+        if len(patterns.shape) != 4 or patterns.shape[2] != patterns.shape[3] or 0 in patterns.shape:
             raise DataError(f"patterns have shape {patterns.shape}; (tilt, probe, n, n) are needed")
-        if angles.shape != (len(patterns), 3):
-            raise DataError(f"{len(angles)} angles for patterns of {len(patterns)} tilts")
+        if angles.shape != (patterns.shape[0], 3):
+            raise DataError(f"{len(angles)} angles for patterns of {patterns.shape[0]} tilts")
         if positions.shape != (patterns.shape[1], 2):
             raise DataError(f"{len(positions)} positions for {patterns.shape[1]} probes of each tilt")
-        if not (np.isfinite(patterns).all() and np.isfinite(angles).all() and np.isfinite(positions).all()):
-            raise DataError("patterns, angles or probe positions are NaN or infinite; repair or leave out those tilts")
-        if patterns.min() < 0:
-            raise DataError(f"patterns are counts and cannot be negative (minimum {patterns.min():g}); "
-                            "subtract no more than the detector's dark level")
+        if not (np.isfinite(angles).all() and np.isfinite(positions).all()):
+            raise DataError("angles or probe positions are NaN or infinite; repair or leave out those tilts")
+        if not self.streamed:
+            counted(patterns, "patterns")
         if not (self.pixel > 0 and self.electrons > 0):
             raise DataError(f"the pixel is {self.pixel} nm and a probe has {self.electrons} electrons; "
                             "both must be positive")
@@ -75,6 +78,21 @@ class DiffractionSeries:
     def size(self) -> int:
         """Pixels along an edge of a pattern, and voxels along one of the volume."""
         return self.patterns.shape[2]
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the patterns are read a tilt at a time, as they are needed."""
+        return not isinstance(self.patterns, np.ndarray | list | tuple | jax.Array)
+
+
+def counted(patterns: np.ndarray, name: str) -> np.ndarray:
+    """The patterns (..., qy, qx) themselves; DataError where they cannot be counts of electrons."""
+    if not np.isfinite(patterns).all():
+        raise DataError(f"{name}: some pixels are NaN or infinite; repair or leave out those tilts")
+    if patterns.min() < 0:
+        raise DataError(f"{name}: are counts and cannot be negative (minimum {patterns.min():g}); "
+                        "subtract no more than the detector's dark level")
+    return patterns
 
 
 @dataclass(frozen=True)

@@ -83,12 +83,13 @@ def solve(*, system: str, method: str, elements: int, shape: tuple[int, int, int
 
 
 def multislice(*, size: int, tilts: int, probes: int, slices: int, iterations: int, finer: int = 1,
-               devices: int = 1) -> Estimate:
-    """An estimate of one solve of mset. probes: of a tilt; 0: linear tomography of images instead."""
-    patterns = tilts * probes * size**2 // devices
+               devices: int = 1, held: int | None = None, moving: bool = False) -> Estimate:
+    """An estimate of one solve of mset. probes: of a tilt; 0: linear tomography of images instead. held: tilts in
+    memory at a time; without it all. moving: whether scan positions are refined, which costs as much again."""
+    patterns = (tilts if held is None else held) * probes * size**2 // devices
     memory = {"patterns": patterns, "volume, its rotations and gradient": 8 * size**3,
               "waves of a group": 2**22 if probes else 0, "images": 0 if probes else 4 * tilts * size**2}
-    passed = iterations * tilts * (probes * slices * (finer * size) ** 2 + ROTATION * size**3) / devices
+    passed = (1 + moving) * iterations * tilts * (probes * slices * (finer * size) ** 2 + ROTATION * size**3) / devices
     return Estimate({name: _SINGLE * count for name, count in memory.items() if count}, 1e-9 * _WAVE_NS["gpu"] * passed,
                     1e-9 * _WAVE_NS["core"] * passed)
 

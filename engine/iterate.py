@@ -58,13 +58,14 @@ class Keep(NamedTuple):
 
 def solve(step: Step, problem: Any, first: tuple[Any, jax.Array], iterations: int, *, devices: int = 1,
           axes: Any = None, tolerance: float = 0.0, checkpoints: Sequence[int] = (),
-          observe: Callable[[int, Any], None] | None = None, keep: Keep | None = None) -> Run:
+          observe: Callable[[int, Any], None] | None = None, keep: Keep | None = None, compiled: bool = True) -> Run:
     """Iterate until `iterations`, until the change is below `tolerance`, or until a cost is not finite.
 
     first: the state to start from, which is donated, and its cost terms. devices: over how many slabs the problem and
     the state are spread (`engine.sharding`). axes: for several solves at once, jax.vmap's axes of the problem; the
     state then has a leading axis of solves. observe(iteration, state) is called at each checkpoint reached; a solve
-    that is taken up again is not observed at those it had passed. `outcomes` tells what became of each.
+    that is taken up again is not observed at those it had passed. compiled: False for a step that compiles its own
+    parts and waits for the disk between them. `outcomes` tells what became of each.
     """
     state, first_terms = first
     terms = np.asarray(sharding.one(first_terms, devices))
@@ -75,7 +76,8 @@ def solve(step: Step, problem: Any, first: tuple[Any, jax.Array], iterations: in
     last = Run(state, *sharding.repeated(counters, devices))
     if keep is not None:
         last = _taken_up(keep, last)
-    advance = sharding.spread(_advancing(step, axes), devices, donate=(1,))
+    advance = (sharding.spread(_advancing(step, axes), devices, donate=(1,)) if compiled else
+               partial(_advance_here, step, devices))
     saved, pace = time.monotonic(), 8
     done = int(sharding.one(last.iteration, devices).max())
     marks = sorted({c for c in checkpoints if done < c < iterations} | {iterations})
@@ -157,11 +159,26 @@ def _advance(step: Step, problem: Any, run: Run, stop: jax.Array, tolerance: jax
         return (run.iteration < stop) & (run.status == RUNNING)
 
     def body(run: Run) -> Run:
-        state, terms, change = step(problem, run.state, run.iteration)
-        # int32 by name: Python's integers are weakly typed, and a loop that changes its types compiles twice.
-        status = jnp.where(change < tolerance, jnp.int32(CONVERGED), jnp.int32(RUNNING))
-        finite = jnp.isfinite(terms).all() & jnp.isfinite(change)
-        status = jnp.where(finite, status, jnp.int32(NON_FINITE))
-        return Run(state, run.iteration + 1, status, run.history.at[run.iteration + 1].set(terms))
+        return _counted(run, *step(problem, run.state, run.iteration), tolerance)
 
     return jax.lax.while_loop(going, body, run)
+
+
+def _advance_here(step: Step, devices: int, problem: Any, run: Run, stop: jax.Array, tolerance: jax.Array) -> Run:
+    """`_advance` as a loop of the host's."""
+    def now(counter: jax.Array) -> int:
+        return int(sharding.one(counter, devices))
+
+    counted = sharding.spread(_counted, devices)
+    while now(run.iteration) < now(stop) and now(run.status) == RUNNING:
+        run = counted(run, *step(problem, run.state, run.iteration), tolerance)
+    return run
+
+
+def _counted(run: Run, state: Any, terms: jax.Array, change: jax.Array, tolerance: jax.Array) -> Run:
+    """The run after one more step."""
+    # int32 by name: Python's integers are weakly typed, and a loop that changes its types compiles twice.
+    status = jnp.where(change < tolerance, jnp.int32(CONVERGED), jnp.int32(RUNNING))
+    finite = jnp.isfinite(terms).all() & jnp.isfinite(change)
+    status = jnp.where(finite, status, jnp.int32(NON_FINITE))
+    return Run(state, run.iteration + 1, status, run.history.at[run.iteration + 1].set(terms))

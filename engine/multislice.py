@@ -21,11 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import constants
+from scipy.optimize import minimize_scalar
 
 from engine.data import DataError
 
 _REST = constants.m_e * constants.c**2 / constants.e  # [V] rest energy of an electron
 FLOOR = 1e-12  # below it, a far field has no phase worth keeping; a beam's mean amplitude is 1 / n
+DAMPING = 1e-5  # of a probe's displacement, in the largest curvature that it can have
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,17 @@ def beam(size: int, pixel: float, optics: Optics, thickness: float, band_limit: 
 
 def probes(beam: Beam, positions: jax.Array) -> jax.Array:
     """Waves (probe, y, x) of probes at positions (probe, 2), y and x [nm] from the field's centre, (n - 1) / 2."""
+    along_y, along_x = _ramps(beam, positions)
+    return jnp.fft.ifft2(beam.spectrum * along_y[:, :, None] * along_x[:, None, :], norm="ortho")
+
+
+def _ramps(beam: Beam, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(probe, qy), (probe, qx): the phases that shift a probe from pixel 0 to its position."""
     size = beam.spectrum.shape[0]
     turns = (positions / beam.pixel + (size - 1) / 2)[..., None] * jnp.asarray(np.fft.fftfreq(size), jnp.float32)
     # Whole turns are taken off before the exponential: far positions would cost single precision its digits.
     ramps = jnp.exp(-2j * jnp.pi * (turns - jnp.round(turns)))
-    return jnp.fft.ifft2(beam.spectrum * ramps[:, 0, :, None] * ramps[:, 1, None, :], norm="ortho")
+    return ramps[:, 0], ramps[:, 1]
 
 
 def exit_waves(waves: jax.Array, phases: jax.Array, carry: jax.Array) -> jax.Array:
@@ -131,10 +139,11 @@ def amplitude_error(waves: jax.Array, phases: jax.Array, carry: jax.Array, ampli
 
 
 def error_and_gradient(waves: jax.Array, phases: jax.Array, carry: jax.Array, amplitudes: jax.Array,
-                       weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+                       weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`amplitude_error` and its gradient (slice, y, x) with respect to the phases, without keeping waves.
 
-    carry: of modulus 1, without a band limit.
+    Third comes (probe, y, x) by which the waves would have to fall to suit the patterns, were their far fields' phases
+    right: half the gradient with respect to them. carry: of modulus 1, without a band limit.
     """
     behind = exit_waves(waves, phases, carry)
     error, chi = _residual(behind, amplitudes, weights)
@@ -144,11 +153,12 @@ def error_and_gradient(waves: jax.Array, phases: jax.Array, carry: jax.Array, am
         psi, chi = both = jnp.fft.ifft2(back * jnp.fft.fft2(both))
         return jnp.exp(-1j * phase) * both, _overlap(psi, chi)
 
-    return error, jax.lax.scan(returned, jnp.stack([behind, chi]), phases, reverse=True)[1]
+    entrance, gradient = jax.lax.scan(returned, jnp.stack([behind, chi]), phases, reverse=True)
+    return error, gradient, entrance[1]
 
 
 def kept_gradient(waves: jax.Array, phases: jax.Array, carry: jax.Array, amplitudes: jax.Array,
-                  weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+                  weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`error_and_gradient` that keeps the waves of all slices: four transforms a slice, not six; for any propagator."""
 
     def passed(psi: jax.Array, phase: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -164,7 +174,54 @@ def kept_gradient(waves: jax.Array, phases: jax.Array, carry: jax.Array, amplitu
         chi = jnp.fft.ifft2(back * jnp.fft.fft2(chi))
         return jnp.exp(-1j * phase) * chi, _overlap(psi, chi)
 
-    return error, jax.lax.scan(returned, chi, (phases, kept), reverse=True)[1]
+    entrance, gradient = jax.lax.scan(returned, chi, (phases, kept), reverse=True)
+    return error, gradient, entrance
+
+
+def spectrum_excess(beam: Beam, positions: jax.Array, excess: jax.Array) -> jax.Array:
+    """(y, x) sum over probes of what waves (probe, y, x) exceed, carried back to the field's centre: the adjoint of
+    `probes`."""
+    along_y, along_x = _ramps(beam, positions)
+    spectra = jnp.fft.fft2(excess, norm="ortho")
+    return (jnp.conj(along_y[:, :, None] * along_x[:, None, :]) * spectra).sum(0)
+
+
+def misplacement(beam: Beam, positions: jax.Array, phases: jax.Array, amplitudes: jax.Array,
+                 weights: jax.Array) -> jax.Array:
+    """(probe, 2) [nm] by which probes would have to move to suit their patterns: a damped Gauss-Newton step.
+
+    Where a probe sees as good as nothing, its pattern says nothing of its place, and it stays.
+    """
+    size = beam.spectrum.shape[0]
+    q = 2 * jnp.pi * jnp.asarray(np.fft.fftfreq(size), jnp.float32) / beam.pixel
+    ways = jnp.stack([jnp.broadcast_to(-q[:, None], (size, size)), jnp.broadcast_to(-q, (size, size))])
+    misfit, slopes = _slopes(beam, positions, phases, amplitudes, ways)
+    normal = jnp.einsum("iprc,jprc->pij", weights * slopes, slopes)
+    pull = jnp.einsum("iprc,prc->pi", weights * slopes, misfit)
+    damping = DAMPING * (jnp.abs(beam.spectrum) ** 2 * (ways**2).sum(0)).sum()
+    return jnp.linalg.solve(normal + damping * jnp.eye(2), pull[..., None])[..., 0]
+
+
+def aberration_pull(beam: Beam, positions: jax.Array, phases: jax.Array, amplitudes: jax.Array, weights: jax.Array,
+                    ways: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Normal matrix (k, k) and right side (k,) of the Gauss-Newton step along phases `ways` (k, y, x) [rad] of the
+    probe's spectrum, summed over probes."""
+    misfit, slopes = _slopes(beam, positions, phases, amplitudes, ways)
+    weighted = weights * slopes
+    return jnp.einsum("iprc,jprc->ij", weighted, slopes), jnp.einsum("iprc,prc->i", weighted, misfit)
+
+
+def _slopes(beam: Beam, positions: jax.Array, phases: jax.Array, amplitudes: jax.Array,
+            ways: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What moduli of far fields lack (probe, qy, qx), and how they grow (k, probe, qy, qx) with phases `ways` (k, y, x)
+    of the spectrum: a far field is linear in its probe."""
+    def seen(spectrum: jax.Array) -> jax.Array:
+        return far_field(probes(beam._replace(spectrum=spectrum), positions), phases, beam.propagator)
+
+    field = seen(beam.spectrum)
+    length = jnp.abs(field)
+    slopes = jax.lax.map(lambda way: (jnp.conj(field) * seen(1j * way * beam.spectrum)).real, ways)
+    return amplitudes - length, slopes / jnp.maximum(length, FLOOR)
 
 
 def _residual(behind: jax.Array, amplitudes: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -180,6 +237,53 @@ def _residual(behind: jax.Array, amplitudes: jax.Array, weights: jax.Array) -> t
 def _overlap(psi: jax.Array, chi: jax.Array) -> jax.Array:
     """Re(-2 i conj(t psi_m) chi): a slice's gradient, from the waves just behind it."""
     return 2 * (psi.real * chi.imag - psi.imag * chi.real).sum(0)
+
+
+def slices(layers: int, wide: int, phase: jax.Array) -> jax.Array:
+    """Phases of slices, each the sum of so many layers of voxels, with `wide` pixels along y and x: those between the
+    voxels come from the same Fourier series."""
+    summed = phase.reshape(-1, layers, *phase.shape[1:]).sum(1)
+    size = phase.shape[-1]
+    if wide == size:
+        return summed
+    # The finer pixels' centres are counted from the field's centre too: their first lies before the voxels' first.
+    ramp = np.exp(2j * np.pi * np.fft.fftfreq(size) * (size / wide - 1) / 2).astype(np.complex64)
+    spectrum = jnp.fft.fft2(summed) * ramp[:, None] * ramp
+    return (wide / size) ** 2 * jnp.fft.ifft2(widened(spectrum, wide)).real
+
+
+def widened(array: jax.Array, wide: int) -> jax.Array:
+    """(..., qy, qx), frequency 0 first, with zeros at the higher frequencies of a wider detector."""
+    size = array.shape[-1]
+    if wide == size:
+        return array
+    half, gap = (size + 1) // 2, [(0, 0)] * (array.ndim - 2)
+    middle = jnp.pad(jnp.roll(array, (size - half, size - half), (-2, -1)), [*gap, (0, wide - size), (0, wide - size)])
+    return jnp.roll(middle, (half - size, half - size), (-2, -1))
+
+
+def narrowed(array: jax.Array, size: int) -> jax.Array:
+    """The frequencies that `widened` keeps."""
+    half = (size + 1) // 2
+    rolled = jnp.roll(array, (size - half, size - half), (-2, -1))[..., :size, :size]
+    return jnp.roll(rolled, (half - size, half - size), (-2, -1))
+
+
+def defocus_between(spectrum: np.ndarray, other: np.ndarray, wavelength: float, pixel: float) -> float:
+    """By how much [nm] the defocus of another spectrum is larger: the one that brings the two into phase."""
+    product, q2 = np.conj(spectrum) * other, frequencies(len(spectrum), pixel)
+    inside = np.abs(product) > 0
+    product, q2 = product[inside], q2[inside]
+
+    def apart(defocus: float) -> float:
+        return -abs(complex((product * np.exp(-1j * np.pi * wavelength * defocus * q2)).sum()))
+
+    # A tenth of a turn at the aperture's edge is a step that misses no peak; whole turns between neighbouring pixels
+    # would be another peak, and the search ends halfway there.
+    step = 0.2 / (wavelength * q2.max())
+    reach = int((len(spectrum) * pixel) ** 2 / (wavelength * step))
+    near = min(step * np.arange(-reach, reach + 1), key=apart)
+    return float(minimize_scalar(apart, bounds=(near - step, near + step), method="bounded").x)
 
 
 def batches(probe_count: int, size: int, most: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from engine.data import DataError
-from engine.diffraction import DiffractionSeries
+from engine.diffraction import DiffractionSeries, counted
 from engine.files import reading
 from engine.multislice import Optics
 
@@ -52,10 +52,32 @@ def save(path: str | Path, series: DiffractionSeries) -> None:
     os.replace(aside, path)
 
 
-def load(path: str | Path, *, tilts: Sequence[int] | None = None, crop: int | None = None,
-         bins: int = 1) -> DiffractionSeries:
+class Streamed:
+    """Patterns that stay on disk; indexing reads one tilt, (probe, qy, qx), cropped and binned, and checks it.
+
+    stored: (tilt, probe, qy, qx) of the file. chosen: the tilts to show. gather: (new, old) as `_binning` has it.
+    """
+
+    def __init__(self, path: str | Path, stored: Any, chosen: np.ndarray, gather: np.ndarray) -> None:
+        self.path, self.stored, self.chosen, self.gather = path, stored, chosen, gather
+        self.shape = (len(chosen), stored.shape[1], len(gather), len(gather))
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, tilt: int) -> np.ndarray:
+        number = int(self.chosen[tilt])
+        with reading(self.path):
+            read = self.stored[number].astype(np.float32)
+        return counted(self.gather @ read @ self.gather.T, f"{self.path}: tilt {number}")
+
+
+def load(path: str | Path, *, tilts: Sequence[int] | None = None, crop: int | None = None, bins: int = 1,
+         most: float = float("inf")) -> DiffractionSeries:
     """Read a series, or some of its tilts; only what is kept is ever in memory, and one tilt as it is stored.
 
+    Patterns of more than `most` bytes are not read at all, but streamed: they are read where they are needed. (So are
+    they again in each iteration of a solve.)
     crop: pixels of the detector that are kept along an edge, about frequency 0: fewer make the pixels of the field
     larger. bins: pixels along an edge of the squares that are added up to one: more make the field narrower, and
     every probe must lie in it.
@@ -72,9 +94,9 @@ def load(path: str | Path, *, tilts: Sequence[int] | None = None, crop: int | No
         stored, attributes = group["patterns"], dict(group.attrs)
         chosen = _chosen(path, tilts, stored.shape[0])
         gather = _binning(path, stored.shape[2], crop, bins)
-        patterns = np.empty((len(chosen), stored.shape[1], *2 * (len(gather),)), np.float32)
-        for k, tilt in enumerate(chosen):
-            patterns[k] = gather @ stored[tilt].astype(np.float32) @ gather.T
+        patterns: Any = Streamed(path, stored, chosen, gather)
+        if 4 * np.prod(patterns.shape, dtype=np.float64) <= most:
+            patterns = np.stack([patterns[k] for k in range(len(patterns))])
         angles, positions = group["angles"][:][chosen], group["positions"][:]
         adf = group["adf"][:][chosen] if "adf" in group else None
         # What is as wide on the detector is as fine in the field: n pixels of it hold 1 / (pixel of the field).

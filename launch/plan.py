@@ -122,7 +122,8 @@ def _fields(sweep: Sweep) -> tuple[int, int]:
     """How many arrays lie beside a volume, of its size at most and of a few numbers."""
     large, small = FIELDS[sweep.system]
     more = FIELDS["fractions"] if sweep.output.fractions else (0, 0)
-    return large + more[0] + bool(sweep.output.haadf), small + more[1]
+    refined = len(sweep.solver.refine) if isinstance(sweep.solver, Mset) else 0
+    return large + more[0] + bool(sweep.output.haadf), small + more[1] + refined
 
 
 def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
@@ -174,6 +175,7 @@ def _cost(cell: Cell, extent: Extent) -> Cost:
             probes=extent.probes,
             gpu=gpu_rows,
             core=core_rows,
+            streamed=isinstance(sweep.data, Recorded) and sweep.data.stream == "always",
         )
         gpu += count * each * solve.seconds_gpu
         core += count * each * solve.seconds_cpu_core

@@ -77,8 +77,11 @@ def text(run: Run) -> str:
             continue
         true = specimen(cell.sweep.data).symbols
         atoms = ", ".join(f"{count:g} of {(true == symbol).sum()} {symbol}" for symbol, count in found.items())
+        told = {"defocus": "{:.2f} nm defocus", "moved": "positions moved by {:.1f} pm (rms)"}
+        refined = [words.format(metrics[name]) for name, words in told.items() if name in metrics]
         lines.append(f"{cell.id}: RMSD {metrics['rmsd']:.2f} pm, tracing error {metrics['tracing_error']:.1f} %, "
-                     f"classification {metrics['classification']:.1f} %; named rightly: {atoms}")
+                     f"classification {metrics['classification']:.1f} %; named rightly: {atoms}"
+                     + (f"; refined: {', '.join(refined)}" if refined else ""))
     return "\n".join(["Atoms", *lines]) if lines else ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from engine import estimate
 from engine.data import DataError
@@ -17,17 +18,19 @@ from sweeps.settings import Sweep
 
 def solve(sweep: Sweep, *, elements: int, shape: tuple[int, int, int], haadf_tilts: int, chem_tilts: int,
           method: str = "", iterations: int = 0, probes: int = 1, gpu: Sequence[estimate.Measured] = (),
-          core: Sequence[estimate.Measured] = ()) -> estimate.Estimate:
+          core: Sequence[estimate.Measured] = (), streamed: bool = False) -> estimate.Estimate:
     """Bytes and seconds of a solve at the sweep's settings, of a searched one at its highest value.
 
-    method, iterations: instead of the sweep's. probes: of a tilt, for mset. gpu, core: `estimate.solve`'s.
+    method, iterations: instead of the sweep's. probes: of a tilt, for mset, and streamed: whether its patterns stay on
+    disk, but for two tilts. gpu, core: `estimate.solve`'s.
     """
     solver = sweep.solver
     method, iterations = method or solver.method, iterations or solver.iterations
     if isinstance(solver, Mset):
         slices = 1 if method == "sset" else shape[0] // min(ends(solver.binning))
         return estimate.multislice(size=shape[2], tilts=chem_tilts, probes=0 if method in LINEAR else probes,
-                                   slices=slices, iterations=iterations, finer=solver.finer, devices=solver.devices)
+                                   slices=slices, iterations=iterations, finer=solver.finer, devices=solver.devices,
+                                   held=2 if streamed else None, moving="positions" in solver.refine)
     if isinstance(solver, Fused3D):
         inner = 0 if method in MAPS_ONLY else max(ends(solver.inner))
         coarse, bits, momentum = solver.coarse, solver.dual_bits, False
@@ -45,13 +48,28 @@ def check_memory(sweep: Sweep, need: estimate.Estimate, trials: int) -> None:
 
     solver = sweep.solver
     device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else _memory_free()
+    limit = _limit(device)
     shared = solver.devices if device.platform == "cpu" else 1
     if 0 < limit < trials * shared * sum(need.bytes.values()):
         many = f"{trials} trials at once need {trials} times " if trials > 1 else "the trial needs "
         raise DataError(f"{many}{estimate.arithmetic(need.bytes)} on each of {solver.devices} devices, and the "
                         f"{device.platform} has {estimate.size(limit)}: lower data.size or search.batch, or raise "
                         "solver.devices")
+
+
+def room() -> float:
+    """Bytes of 4D-STEM patterns that can stay in memory: half of a GPU's, a quarter of the host's, which keeps them
+    beside their amplitudes; without end where neither is known."""
+    import jax
+
+    device = jax.local_devices()[0]
+    limits = [_memory_free() / 4, _limit(device) / (4 if device.platform == "cpu" else 2)]
+    return min((limit for limit in limits if limit > 0), default=float("inf"))
+
+
+def _limit(device: Any) -> int:
+    """Bytes that a device has to give; 0 where it does not tell."""
+    return (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else _memory_free()
 
 
 def _memory_free() -> int:

@@ -43,6 +43,9 @@ class Scanned(Model):
     defocus: float = setting(-20.0, "nm", "-C1; negative: the crossover lies before the entrance face")
     c3: float = setting(0.0, "nm", "spherical aberration")
     c5: float = setting(0.0, "nm", "spherical aberration of fifth order")
+    defocus_error: float = setting(0.0, "nm", "by which the defocus that the solver is told differs from the true one")
+    position_error: float = setting(
+        0.0, "nm", "root mean square distance of the probes from where the solver is told they are", ge=0)
     phonons: int = setting(0, "-", "configurations of shaken atoms that are averaged; 0: their mean blur", ge=0)
     replicate: int = setting(0, "-", "number of the noise realisation", ge=0)
 
@@ -57,6 +60,8 @@ class Recorded(Model):
     crop: Annotated[int, Field(ge=1)] | None = setting(
         None, "pixels", "of the detector that are kept along an edge; without it all", examples=["48"])
     bins: int = setting(1, "pixels", "of the detector along an edge that are added up to one", ge=1)
+    stream: Literal["auto", "always", "never"] = setting(
+        "auto", "-", "whether patterns are read from the file in each iteration; auto: where memory cannot hold them")
     light: str | None = setting(None, "-", "symbol of the lighter element, for the traced atoms", examples=["Cu"])
     heavy: str | None = setting(None, "-", "symbol of the heavier element", examples=["Au"])
 
@@ -79,6 +84,10 @@ class Mset(Model):
     positivity: bool = setting(True, "-", "whether negative potentials are set to 0")
     lambda_tv: NotNegative = setting(0.0, "1/V", "weight of total variation")
     inner: int = setting(4, "-", "TV dual steps per iteration", ge=1)
+    refine: list[Literal["probe", "positions"]] = setting(
+        [], "-", "what is corrected from the patterns: the probe, one for all tilts; each tilt's scan positions",
+        examples=["[probe, positions]"])
+    refine_after: int = setting(2, "-", "iterations before anything is refined", ge=0)
     tolerance: float = setting(0.0, "-", "mean relative change of the cost that ends the solve; 0: never", ge=0)
     threshold: Tunable = setting(0.08, "-", "peaks above this share of the 99.95th percentile are atoms")
     inside: bool = setting(True, "-", "whether atoms are sought inside the particle alone, told by Otsu's threshold")

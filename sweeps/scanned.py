@@ -27,7 +27,8 @@ from sweeps.specimens import recent
 
 DARK = 100  # iterations that linear tomography takes at least (the paper's)
 WINDOW = 0.96  # [nm] around a focused probe in which its wave is followed
-COUNTED = ("dose", "replicate")  # settings that change the counts of one and the same series
+# Settings that change the counts of one and the same series, or what the solver is told of it.
+AFTERWARDS = ("dose", "replicate", "defocus_error", "position_error")
 
 
 def evaluate(sweeps: Sequence[Sweep], folder: Path, batch: str) -> list[tuple[Solution, dict[str, Any]]]:
@@ -45,11 +46,22 @@ def recorded(sweep: Sweep, folder: Path) -> DiffractionSeries:
     """The patterns of a cell, with their noise."""
     data = sweep.data
     if isinstance(data, Recorded):
+        most = {"always": 0.0, "never": np.inf, "auto": needs.room()}[data.stream]
         return recent("recorded", dump(sweep)["data"], lambda: scans.load(
-            Path(data.root, data.scan), tilts=data.tilts, crop=data.crop, bins=data.bins))
+            Path(data.root, data.scan), tilts=data.tilts, crop=data.crop, bins=data.bins, most=most))
     assert isinstance(data, Scanned)
     clean = recent("scanned", _clean(data), lambda: _scanned(data, folder))
-    return clean if data.dose is None else diffraction.with_dose(clean, data.dose, _seed(sweep))
+    counted = clean if data.dose is None else diffraction.with_dose(clean, data.dose, _seed(sweep))
+    return _mistold(counted, data)
+
+
+def _mistold(series: DiffractionSeries, data: Scanned) -> DiffractionSeries:
+    """The series with the errors that its defocus and positions are planted with."""
+    optics = replace(series.optics, defocus=series.optics.defocus + data.defocus_error)
+    draws = np.random.default_rng([20_241, data.replicate]).standard_normal(series.positions.shape)
+    edge = series.size * series.pixel / 2
+    told = np.clip(series.positions + data.position_error / np.sqrt(2) * draws, -edge, edge)
+    return replace(series, optics=optics, positions=told)
 
 
 def dark_field(sweep: Sweep, folder: Path) -> TiltSeries:
@@ -83,7 +95,7 @@ def _evaluated(sweep: Sweep, folder: Path, batch: str) -> tuple[Solution, dict[s
     if not solution.ok:
         return solution, {"objective": None, "metrics": {}, "elements": {}, "checkpoints": []}
     score, fields = _score(sweep, solution.volume[0], voxel, solution.metrics)
-    solution = replace(solution, fields=fields, metrics=solution.metrics | {
+    solution = replace(solution, fields=solution.fields | fields, metrics=solution.metrics | {
         "iterations": len(next(iter(solution.history.values()))) - 1})
     return solution, score | {"checkpoints": [{"iterations": n, **passed[n]} for n in sorted(passed)]}
 
@@ -97,8 +109,9 @@ def _solver(sweep: Sweep, folder: Path, batch: str) -> Any:
         return partial(adf.reconstruct, images, adf.Settings(
             given.method, max(DARK, given.iterations), positivity=given.positivity))
     series, values = recorded(sweep, folder), given.model_dump()
-    needs.check_memory(sweep, needs.solve(sweep, elements=1, shape=(series.size,) * 3, haadf_tilts=0,
-                                          chem_tilts=len(series.angles), probes=len(series.positions)), 1)
+    needs.check_memory(sweep, needs.solve(
+        sweep, elements=1, shape=(series.size,) * 3, haadf_tilts=0, chem_tilts=len(series.angles),
+        probes=len(series.positions), streamed=series.streamed), 1)
     chosen = mset.Settings(**{name: values[name] for name in mset.Settings.__dataclass_fields__})
     chosen = replace(chosen, binning=0) if given.method == "sset" else chosen
     fitted = left_out(series, sweep.search.folds, sweep.seed) if sweep.search.objective == "heldout" else None
@@ -111,7 +124,7 @@ def _score(sweep: Sweep, volume: np.ndarray, voxel: float,
     """The score of a potential (z, y, x), and the atoms in it, as fields; a volume without atoms has a status."""
     solver, objective = sweep.solver, sweep.search.objective
     assert isinstance(solver, Mset)
-    names = {"amplitude_error": "amplitude_error", "held_out_error": "heldout"}
+    names = {"amplitude_error": "amplitude_error", "held_out_error": "heldout", "defocus": "defocus", "moved": "moved"}
     found: Score = {"objective": None, "metrics": {ours: metrics[own] for own, ours in names.items() if own in metrics},
                     "elements": {}}
     fields: dict[str, np.ndarray] = {}
@@ -133,7 +146,7 @@ def _score(sweep: Sweep, volume: np.ndarray, voxel: float,
 
 def _clean(data: Scanned) -> dict[str, Any]:
     """What a series without noise follows from."""
-    return data.model_dump(exclude=set(COUNTED))
+    return data.model_dump(exclude=set(AFTERWARDS))
 
 
 def _seed(sweep: Sweep) -> int:

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engine import mset, sharding
+from engine import groups, mset, multislice, passes, scans
 from engine.atoms import nanoparticle
 from engine.data import DataError
 from engine.diffraction import DiffractionSeries, Scan, simulate
-from engine.iterate import solve
+from engine.iterate import Keep, solve
 from engine.metrics import correlation
 from engine.mset import Settings, reconstruct
 from engine.multislice import Optics
+from engine.passes import Way
 from engine.tracing import compare, trace
 from launch import devices
 from tests.specimens import distance
@@ -40,11 +41,12 @@ def found(series):
 @pytest.mark.parametrize("finer", [1, 2])
 def test_the_truth_stays_where_it_is(finer, series):
     data = series if finer == 1 else measured(finer=finer)
-    problem = mset.build(data, Settings(finer=finer))
-    state, terms = sharding.spread(mset._start, 1)(problem)
+    problem, way = mset.build(mset.feeding(data, Settings(finer=finer), None), Settings(finer=finer)), Way(
+        "groups", SIZE, 1)
+    state, terms = passes.start(way, 1, problem), np.ones(3, np.float32)
     phase = data.optics.interaction * PIXEL * truth()
     state = state._replace(phase=jnp.asarray(phase), before=jnp.asarray(phase))
-    after = solve(mset.stepper("groups", 1, 0), problem, (state, terms), 1)
+    after = solve(passes.stepper(way), problem, (state, terms), 1)
     assert after.history[1, 0] < 1e-6
     assert distance(after.state.phase, phase) < 1e-3
 
@@ -52,18 +54,18 @@ def test_the_truth_stays_where_it_is(finer, series):
 def test_finer_pixels_see_what_voxels_see():
     """Every third pixel of three lies in the middle of a voxel, and the sum of phases stays what it was."""
     volume = jnp.asarray(truth())
-    fine = mset.slices(2, 3 * SIZE, volume)
-    coarse = mset.slices(2, SIZE, volume)
+    fine = multislice.slices(2, 3 * SIZE, volume)
+    coarse = multislice.slices(2, SIZE, volume)
     assert fine.shape == (SIZE // 2, 3 * SIZE, 3 * SIZE)
     assert distance(fine[:, 1::3, 1::3], coarse) < 1e-5
-    assert distance(mset.slices(2, 2 * SIZE, volume).sum((1, 2)), 4 * coarse.sum((1, 2))) < 1e-5
+    assert distance(multislice.slices(2, 2 * SIZE, volume).sum((1, 2)), 4 * coarse.sum((1, 2))) < 1e-5
 
 
 @pytest.mark.parametrize(("size", "wide"), [(6, 12), (7, 14), (5, 15)])
 def test_a_wider_detector_keeps_the_frequencies(size, wide):
     pattern = np.random.default_rng(0).random((2, size, size)).astype(np.float32)
-    widened = mset._widened(pattern, wide)
-    np.testing.assert_array_equal(mset._narrowed(widened, size), pattern)
+    widened = multislice.widened(pattern, wide)
+    np.testing.assert_array_equal(multislice.narrowed(widened, size), pattern)
     found = np.fft.fftshift(widened, axes=(1, 2))
     first = wide // 2 - size // 2
     np.testing.assert_array_equal(found[:, first:first + size, first:first + size],
@@ -143,7 +145,8 @@ def test_total_variation_falls_with_its_weight(series):
 def test_the_weight_of_total_variation_is_that_of_any_scan(series):
     """Every tilt measured twice weighs the data twice, and total variation with them."""
     twice = replace(series, patterns=np.repeat(series.patterns, 2, 0), angles=np.repeat(series.angles, 2, 0))
-    once, again = (mset.build(s, Settings(lambda_tv=1e-5)) for s in (series, twice))
+    asked = Settings(lambda_tv=1e-5)
+    once, again = (mset.build(mset.feeding(s, asked, None), asked) for s in (series, twice))
     assert float(again.lambda_tv) == pytest.approx(2 * float(once.lambda_tv))
     assert float(again.squares) == pytest.approx(2 * float(once.squares))
 
@@ -165,7 +168,7 @@ def test_checkpoints_show_the_volume_of_shorter_solves(series):
 
 @pytest.mark.parametrize("tilts", range(1, 40))
 def test_every_tilt_is_met_once_and_neighbours_apart(tilts):
-    order = mset._order(tilts)
+    order = groups.tilt_order(tilts)
     assert sorted(order) == list(range(tilts))
     if tilts > 6:
         assert np.abs(np.diff(order)).min() > 1
@@ -177,21 +180,22 @@ def raster(rows, columns):
 
 @pytest.mark.parametrize("positions", [raster(1, 1), raster(1, 7), raster(8, 8), raster(10, 7),
                                        np.random.default_rng(0).random((23, 2))])
-@pytest.mark.parametrize("settings", [Settings(group=16), Settings(group=0), Settings(mode="paper"), Settings(group=5)])
-def test_every_probe_is_in_one_group(positions, settings):
-    chosen = mset._grouped(positions, 256, settings)
+@pytest.mark.parametrize(("group", "devices"), [(16, 1), (0, 1), (1, 1), (5, 1), (5, 2), (0, 3)])
+def test_every_probe_is_in_one_group(positions, group, devices):
+    chosen = groups.grouped(positions, group, 256, 256, devices)
+    assert chosen.shape[1] % devices == 0
     assert sorted(chosen[chosen >= 0]) == list(range(len(positions)))
 
 
 def test_a_groups_probes_lie_far_apart():
     positions = raster(8, 8)
-    for members in mset._grouped(positions, 16, Settings(group=4)).reshape(16, 4):
+    for members in groups.grouped(positions, 4, 16, 16).reshape(16, 4):
         apart = np.linalg.norm(positions[members][:, None] - positions[members][None], axis=2)
         assert apart[apart > 0].min() == pytest.approx(0.4)
 
 
 def test_the_paper_keeps_the_order_of_the_scan():
-    np.testing.assert_array_equal(mset._grouped(raster(3, 4), 16, Settings(mode="paper")).ravel(), np.arange(12))
+    np.testing.assert_array_equal(groups.grouped(raster(3, 4), 1, 16, 16, shuffled=False).ravel(), np.arange(12))
 
 
 def test_what_cannot_be_solved_is_refused(series):
@@ -203,6 +207,98 @@ def test_what_cannot_be_solved_is_refused(series):
         reconstruct(series, Settings(), fitted=np.zeros(3, bool))
     with pytest.raises(DataError, match="JAX sees 1"):
         reconstruct(series, Settings(devices=64))
+
+
+# ---- What the microscope's settings say is corrected
+
+
+def test_a_defocus_that_was_told_wrongly_is_found(series):
+    told = replace(series, optics=replace(series.optics, defocus=series.optics.defocus + 2))
+    plain, refined = (reconstruct(told, Settings(iterations=30, refine=what)) for what in ((), ("probe",)))
+    assert abs(refined.metrics["defocus"] - series.optics.defocus) < 0.5
+    assert refined.metrics["amplitude_error"] < 0.5 * plain.metrics["amplitude_error"]
+    assert refined.fields["probe"].shape == (2, SIZE, SIZE)
+    assert (refined.fields["probe"][0] ** 2).sum() == pytest.approx(1, rel=1e-4)
+
+
+def test_a_right_defocus_stays(series):
+    found = reconstruct(series, Settings(iterations=15, refine=("probe",)))
+    assert found.metrics["defocus"] == pytest.approx(series.optics.defocus, abs=0.2)
+
+
+def test_probes_that_stood_elsewhere_are_found(series):
+    """Their common shift is the volume's own, and stays."""
+    moves = 0.02 * np.random.default_rng(1).standard_normal(series.positions.shape)
+    told = replace(series, positions=series.positions + moves)
+    found = reconstruct(told, Settings(iterations=30, refine=("positions",)))
+    off = found.fields["positions"] - series.positions
+    assert off.shape == (len(series.angles), 9, 2)
+    left = off - off.mean(1, keepdims=True)
+    assert np.sqrt((left**2).mean()) < 0.35 * np.sqrt(((moves - moves.mean(0)) ** 2).mean())
+    assert found.metrics["moved"] == pytest.approx(1e3 * np.sqrt(((off - moves) ** 2).sum(2).mean()), rel=1e-4)
+
+
+def test_a_probe_in_empty_space_stays_where_it_is(series):
+    empty = replace(series, patterns=np.broadcast_to(series.patterns.mean((0, 1)), series.patterns.shape))
+    found = reconstruct(replace(empty, patterns=_aperture(empty)), Settings(iterations=4, refine=("positions",)))
+    assert found.metrics["moved"] < 1e-3
+
+
+def _aperture(series):
+    spectrum = np.abs(np.asarray(multislice.beam(SIZE, PIXEL, series.optics, PIXEL).spectrum)) ** 2
+    return np.broadcast_to(np.fft.fftshift(spectrum), series.patterns.shape)
+
+
+def test_what_is_common_to_all_tilts_as_a_shift_is_left_to_the_volume():
+    """A shift (z, y, x) shows as y cos + z sin and x; anything else stands for misplaced probes."""
+    angles = np.stack([np.zeros(5), np.zeros(5), np.linspace(-60, 60, 5)], 1)
+    gauge, turns = mset._gauge(angles), np.radians(angles[:, 2])
+    shift = np.stack([0.3 * np.cos(turns) + 0.2 * np.sin(turns), np.full(5, 0.1)], 1).ravel()
+    np.testing.assert_allclose(gauge @ shift, shift, atol=1e-6)
+    np.testing.assert_allclose(gauge @ gauge, gauge, atol=1e-6)
+    assert np.linalg.matrix_rank(gauge, tol=1e-3) == 3
+
+
+# ---- Patterns on disk
+
+
+def test_patterns_on_disk_give_the_same_volume(series, tmp_path):
+    scans.save(tmp_path / "a.zarr", series)
+    streamed = scans.load(tmp_path / "a.zarr", most=0)
+    assert streamed.streamed and not series.streamed
+    fitted = np.ones(series.patterns.shape[:2], bool)
+    fitted[:, 4] = False
+    asked = Settings(iterations=4, refine=("probe", "positions"), refine_after=1, lambda_tv=1e-6)
+    a, b = (reconstruct(s, asked, fitted=fitted) for s in (series, streamed))
+    assert distance(a.volume, b.volume) < 1e-5
+    assert distance(a.fields["positions"], b.fields["positions"]) < 1e-5
+    for name in a.history:
+        np.testing.assert_allclose(a.history[name], b.history[name], rtol=1e-4)
+    for name in ("amplitude_error", "held_out_error"):
+        assert a.metrics[name] == pytest.approx(b.metrics[name], rel=1e-4)
+
+
+def test_a_streamed_solve_is_taken_up_again(series, tmp_path):
+    """A reader that fails in the third pass leaves the state of the second."""
+    scans.save(tmp_path / "a.zarr", series)
+    streamed, keep = scans.load(tmp_path / "a.zarr", most=0), Keep(tmp_path / "state.npz", "label", seconds=0.0)
+    whole = reconstruct(streamed, Settings(iterations=20))
+
+    class Failing:
+        shape, read = streamed.patterns.shape, 0
+
+        def __getitem__(self, tilt):
+            Failing.read += 1
+            if Failing.read > 15 * len(series.angles):
+                raise DataError("the disk is gone")
+            return streamed.patterns[tilt]
+
+    with pytest.raises(DataError, match="gone"):
+        reconstruct(replace(streamed, patterns=Failing()), Settings(iterations=20), keep=keep)
+    assert keep.path.exists()
+    again = reconstruct(streamed, Settings(iterations=20), keep=keep)
+    assert not keep.path.exists()
+    assert distance(again.volume, whole.volume) < 1e-5
 
 
 @pytest.mark.slow

@@ -93,6 +93,20 @@ def test_patterns_that_are_left_out_judge_a_step_without_a_truth(tmp_path):
     assert rows[0]["objective"] == rows[0]["metrics"]["heldout"] < rows[1]["objective"]
 
 
+def test_what_the_microscope_says_wrongly_is_refined(tmp_path):
+    """One and the same patterns, told with a wrong defocus and at wrong places."""
+    wrong = {"data__defocus_error": 2.0, "data__position_error": 0.02, "search__objective": "amplitude_error"}
+    ways = ([], ["probe", "positions"])
+    rows = [solved(tmp_path, sweep(solver__refine=way, solver__iterations=10, **wrong)) for way in ways]
+    assert rows[1]["objective"] < 0.7 * rows[0]["objective"]
+    assert abs(rows[1]["metrics"]["defocus"] + 20) < 1 and rows[1]["metrics"]["moved"] > 5
+    assert set(volumes(tmp_path, rows[1])) >= {"field_probe", "field_positions", "field_atoms"}
+    right, told = (scanned.recorded(sweep(**given), tmp_path) for given in ({}, wrong))
+    assert np.array_equal(right.patterns, told.patterns) and told.optics.defocus == right.optics.defocus + 2
+    off = np.sqrt(((told.positions - right.positions) ** 2).sum(1).mean())
+    assert off == pytest.approx(0.02, rel=0.3)
+
+
 def test_an_empty_volume_is_a_row_with_a_reason(tmp_path):
     asked = {"trial": 0, "attempt": 0, "kind": "search", "params": {}, "settings": settings.dump(
         sweep(solver__threshold=40.0))}
@@ -134,6 +148,16 @@ def test_a_series_in_a_file_is_solved_as_the_simulated_one(recorded, tmp_path):
     run = tables.read(made(tmp_path / "run", given))
     text = next(path.read_text() for path in report.write(run.folder)[0].parent.glob("*.xyz"))
     assert text.splitlines()[1].startswith('Lattice="9.6 0 0 0 9.6 0 0 0 9.6"') and "Au" in text
+
+
+def test_a_series_that_stays_in_its_file_gives_the_same_volume(recorded, tmp_path):
+    kept, streamed = (settings.replace(settings.load(recorded), {"data.stream": way}) for way in ("never", "always"))
+    assert scanned.recorded(streamed, tmp_path).streamed and not scanned.recorded(kept, tmp_path).streamed
+    ours, theirs = (solved(tmp_path, given) for given in (kept, streamed))
+    assert distance(*(volumes(tmp_path, row)["volume"] for row in (ours, theirs))) < 1e-5
+    assert ours["objective"] == pytest.approx(theirs["objective"], rel=1e-4)
+    needed = [plan.plan(given).costs[0].memory for given in (kept, streamed)]
+    assert needed[1]["patterns"] == needed[0]["patterns"] / 3  # two tilts of six
 
 
 @pytest.mark.parametrize(("changes", "words"), [

@@ -6,14 +6,17 @@ As a program it prints, as JSON, relative distances between solves on one device
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from tempfile import TemporaryDirectory
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine import scans
 from engine.diffraction import DiffractionSeries
-from engine.mset import Settings, reconstruct, slices
-from engine.multislice import Optics, beam, far_field, probes
+from engine.mset import Settings, reconstruct
+from engine.multislice import Optics, beam, far_field, probes, slices
 from engine.rotation import rotate
 from tests.specimens import distance
 
@@ -62,6 +65,14 @@ def main() -> None:
                     for n in (1, 2))
         found[f"{name} volume"] = distance(two.volume, one.volume)
         found[f"{name} cost"] = distance(two.history["total"], one.history["total"])
+    refine = Settings(iterations=4, refine=("probe", "positions"), refine_after=1)
+    one, two = (reconstruct(measured(), replace(refine, devices=n)) for n in (1, 2))
+    found |= {f"refined {name}": distance(two.fields[name], one.fields[name]) for name in ("probe", "positions")}
+    with TemporaryDirectory() as folder:
+        scans.save(f"{folder}/a.zarr", measured())
+        streamed = scans.load(f"{folder}/a.zarr", most=0)
+        again = reconstruct(streamed, replace(refine, devices=2))
+    found["streamed"] = distance(again.volume, one.volume)
     print(json.dumps(found))
 
 
