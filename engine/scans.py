@@ -1,14 +1,11 @@
-"""4D-STEM tilt series on disk, as Zarr that xarray opens; written and read tilt by tilt, cropped and binned on the way.
+"""4D-STEM tilt series in files: what a simulation has made or an import, written and read tilt by tilt.
 
-A group holds `patterns` (tilt, probe, qy, qx), frequency 0 at n // 2, `angles` (tilt, 3) [deg], `positions` (probe, 2)
-[nm], perhaps `adf` (tilt, probe), and as attributes the pixel, the electrons of a probe and the optics. Counts are
-stored as the smallest unsigned integers that hold them.
+`engine.archives` has the layout, of Zarr that xarray opens, or of HDF5 where a path ends in .h5 or .hdf5. Series are
+cropped and binned as they are read. Counts are stored as the smallest unsigned integers that hold them.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,59 +13,43 @@ from typing import Any
 
 import numpy as np
 
+from engine import archives
 from engine.data import DataError
 from engine.diffraction import DiffractionSeries, counted
-from engine.files import reading
 from engine.multislice import Optics
-
-DIMENSIONS = {"patterns": ("tilt", "probe", "qy", "qx"), "angles": ("tilt", "euler"), "positions": ("probe", "yx"),
-              "adf": ("tilt", "probe")}
-UNITS = {"patterns": "electrons", "angles": "deg", "positions": "nm", "adf": "1"}
-CHUNK = 2**22  # bytes of a chunk of patterns, at least one of them
 
 
 def save(path: str | Path, series: DiffractionSeries) -> None:
     """Write a series, aside first; one that is there is replaced only when the new one is whole."""
-    import zarr
-
-    path = Path(path)
-    aside, kind = path.with_name(path.name + ".partial"), _smallest(series.patterns)
-    shutil.rmtree(aside, ignore_errors=True)
-    group = zarr.open_group(aside, mode="w", zarr_format=3)
-    group.attrs.update({"pixel_nm": series.pixel, "electrons": series.electrons, "optics": asdict(series.optics)})
-    tilts, count, size = series.patterns.shape[:3]
-    chunk = (1, max(1, min(count, CHUNK // (size**2 * kind.itemsize))), size, size)
-    stored = group.create_array("patterns", shape=series.patterns.shape, dtype=kind, chunks=chunk,
-                                dimension_names=DIMENSIONS["patterns"], attributes={"units": UNITS["patterns"]})
-    for tilt in range(tilts):
-        stored[tilt] = series.patterns[tilt].astype(kind)
-    for name in ("angles", "positions", "adf"):
-        array = getattr(series, name)
-        if array is not None:
-            group.create_array(name, data=np.asarray(array, np.float64), dimension_names=DIMENSIONS[name],
-                               attributes={"units": UNITS[name]})
-    if path.exists():
-        shutil.rmtree(path)
-    os.replace(aside, path)
+    kind = _smallest(series.patterns)
+    with archives.created(path, series.patterns.shape, kind) as writer:
+        for tilt, patterns in enumerate(series.patterns):
+            writer.patterns[tilt] = patterns.astype(kind)
+        for name in ("angles", "positions", "adf"):
+            array = getattr(series, name)
+            if array is not None:
+                writer.add(name, np.asarray(array))
+        writer.describe({"pixel_nm": series.pixel, "electrons": series.electrons, "optics": asdict(series.optics)})
 
 
 class Streamed:
     """Patterns that stay on disk; indexing reads one tilt, (probe, qy, qx), cropped and binned, and checks it.
 
-    stored: (tilt, probe, qy, qx) of the file. chosen: the tilts to show. gather: (new, old) as `_binning` has it.
+    probes: of a tilt. chosen: the tilts to show. gather: (new, old) as `_binning` has it. The file is opened for each
+    tilt, and does not stay open.
     """
 
-    def __init__(self, path: str | Path, stored: Any, chosen: np.ndarray, gather: np.ndarray) -> None:
-        self.path, self.stored, self.chosen, self.gather = path, stored, chosen, gather
-        self.shape = (len(chosen), stored.shape[1], len(gather), len(gather))
+    def __init__(self, path: str | Path, probes: int, chosen: np.ndarray, gather: np.ndarray) -> None:
+        self.path, self.chosen, self.gather = path, chosen, gather
+        self.shape = (len(chosen), probes, len(gather), len(gather))
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, tilt: int) -> np.ndarray:
         number = int(self.chosen[tilt])
-        with reading(self.path):
-            read = self.stored[number].astype(np.float32)
+        with archives.opened(self.path) as group:
+            read = group.arrays["patterns"][number].astype(np.float32)
         return counted(self.gather @ read @ self.gather.T, f"{self.path}: tilt {number}")
 
 
@@ -82,23 +63,15 @@ def load(path: str | Path, *, tilts: Sequence[int] | None = None, crop: int | No
     larger. bins: pixels along an edge of the squares that are added up to one: more make the field narrower, and
     every probe must lie in it.
     """
-    import zarr
-
-    with reading(path):
-        group: Any = zarr.open_group(path, mode="r")
-        missing = {"patterns", "angles", "positions"} - set(group)
-        lacking = {"pixel_nm", "electrons", "optics"} - set(group.attrs)
-        if missing or lacking:
-            raise DataError(f"{path}: is no 4D-STEM series, as it has no {', '.join(sorted(missing | lacking))}; write "
-                            "it with engine.scans.save")
-        stored, attributes = group["patterns"], dict(group.attrs)
+    with archives.opened(path) as group:
+        stored, attributes = group.arrays["patterns"], group.attributes
         chosen = _chosen(path, tilts, stored.shape[0])
         gather = _binning(path, stored.shape[2], crop, bins)
-        patterns: Any = Streamed(path, stored, chosen, gather)
+        patterns: Any = Streamed(path, stored.shape[1], chosen, gather)
         if 4 * np.prod(patterns.shape, dtype=np.float64) <= most:
             patterns = np.stack([patterns[k] for k in range(len(patterns))])
-        angles, positions = group["angles"][:][chosen], group["positions"][:]
-        adf = group["adf"][:][chosen] if "adf" in group else None
+        angles, positions = group.arrays["angles"][:][chosen], group.arrays["positions"][:]
+        adf = group.arrays["adf"][:][chosen] if "adf" in group.arrays else None
         # What is as wide on the detector is as fine in the field: n pixels of it hold 1 / (pixel of the field).
         pixel = attributes["pixel_nm"] * stored.shape[2] / (bins * len(gather))
         return DiffractionSeries(patterns, angles, positions, pixel, Optics(**attributes["optics"]),

@@ -1,5 +1,7 @@
 """4D data come back from the disk as they were, and crops and bins of them are those of the detector."""
 
+import importlib.util
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +9,12 @@ import pytest
 import xarray
 import zarr
 
-from engine import scans
+from engine import archives, scans
 from engine.data import DataError
 from engine.diffraction import DiffractionSeries, with_dose
 from engine.multislice import Optics, beam
 
+needs_h5py = pytest.mark.skipif(not importlib.util.find_spec("h5py"), reason="needs h5py")
 SIZE, PIXEL = 12, 0.04
 OPTICS = Optics(defocus=-3.0, c3=1e3)
 
@@ -29,14 +32,46 @@ def same(a, b):
     assert (a.pixel, a.electrons, a.optics) == (b.pixel, b.electrons, b.optics)
 
 
-def test_a_series_comes_back(tmp_path, series):
-    scans.save(tmp_path / "a.zarr", series)
-    same(scans.load(tmp_path / "a.zarr"), series)
+@pytest.mark.parametrize("name", ["a.zarr", pytest.param("a.h5", marks=needs_h5py)])
+def test_a_series_comes_back(name, tmp_path, series):
+    path = tmp_path / name
+    scans.save(path, series)
+    same(scans.load(path), series)
     counted = replace(with_dose(replace(series, patterns=series.patterns / 144), 1e5), adf=series.adf)
-    scans.save(tmp_path / "a.zarr", counted)  # in its place
-    same(scans.load(tmp_path / "a.zarr"), counted)
-    assert zarr.open_group(tmp_path / "a.zarr")["patterns"].dtype.kind == "u"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+    scans.save(path, counted)  # in its place
+    same(scans.load(path), counted)
+    with archives.opened(path) as group:
+        assert group.arrays["patterns"].dtype.kind == "u" and group.arrays["patterns"].chunks[0] == 1
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    some = scans.load(path, tilts=[2, 0], crop=8, bins=2)
+    np.testing.assert_array_equal(some.angles, series.angles[[2, 0]])
+    assert some.size == 4
+
+
+@needs_h5py
+def test_hdf5_names_its_axes_and_units(tmp_path, series):
+    import h5py
+
+    scans.save(tmp_path / "a.hdf5", series)
+    with h5py.File(tmp_path / "a.hdf5") as file:
+        assert [axis.label for axis in file["patterns"].dims] == ["tilt", "probe", "qy", "qx"]
+        assert file["positions"].attrs["units"] == "nm" and file.attrs["pixel_nm"] == PIXEL
+
+
+@needs_h5py
+def test_hdf5_that_is_torn_or_no_series_is_refused(tmp_path, series, monkeypatch):
+    import h5py
+
+    scans.save(tmp_path / "a.h5", series)
+    (tmp_path / "torn.h5").write_bytes((tmp_path / "a.h5").read_bytes()[:2000])
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["patterns"] = np.zeros(3)
+    for name, words in (("torn.h5", "cannot be read"), ("none.h5", "none.h5"), ("other.h5", "angles, positions")):
+        with pytest.raises(DataError, match=words):
+            scans.load(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(DataError, match=r"h5py is not installed; pip install .tomoatlas\[files\]"):
+        scans.load(tmp_path / "a.h5")
 
 
 def test_without_a_dark_field_there_is_none(tmp_path, series):
