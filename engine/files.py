@@ -165,17 +165,23 @@ def _zarr(path: Path) -> Read:
     return arrays, dict.fromkeys(arrays, float(size)) if isinstance(size, int | float) else {}
 
 
-def _rosetta(path: Path) -> Read:
-    """Files of microscopes and of HyperSpy; an array is named by its signal's title."""
+def rosetta(path: Path, among: Sequence[str] = ()) -> Any:
+    """The module of RosettaSciIO that reads such files; DataError without it. among: of these plugins."""
     try:
         from rsciio import IO_PLUGINS
 
         suffix = path.suffix.lower()[1:]
-        plugin = next(plugin for plugin in IO_PLUGINS if suffix in plugin["file_extensions"])
-        reader = importlib.import_module(plugin["api"])
+        plugin = next(plugin for plugin in IO_PLUGINS
+                      if suffix in plugin["file_extensions"] and plugin["name"] in (among or [plugin["name"]]))
+        return importlib.import_module(plugin["api"])
     except ImportError as error:
         raise DataError(f"{path}: is read by RosettaSciIO, and {error.name} is not installed; "
                         'pip install "tomoatlas[files]"') from None
+
+
+def _rosetta(path: Path) -> Read:
+    """Files of microscopes and of HyperSpy; an array is named by its signal's title."""
+    reader = rosetta(path)
     arrays: dict[str, Any] = {}
     pixels: dict[str, float] = {}
     energies: dict[str, tuple[float, float]] = {}

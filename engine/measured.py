@@ -61,8 +61,8 @@ def read_series(
     axes: the array's axes in its own order, of element, tilt, y, x; x is the tilt axis. Of a spectrum image: of
         tilt, y, x, energy; then every element has a window {Fe: {window: [6.3, 6.5], sides: [[6.0, 6.2], ...]}}
         (`engine.spectra`).
-    angles: [deg] a list, "key:NAME" of an array, or a file (.rawtlt, .tlt, .txt) relative to `root`; None: one image
-        at 0 degrees.
+    angles: [deg] a list, "key:NAME" of an array, or a file (.rawtlt, .tlt, .txt, .csv) relative to `root`; None: one
+        image at 0 degrees.
     tilts: indices of the projections to use; angles, shifts and backgrounds are given for all of them.
     elements: None for HAADF. With `names_key`, the name of an array of names, a map is found by its element's
         name, or several are summed: {Pt: {lines: [PtL, PtM]}}. Without it maps are in the order of the
@@ -110,7 +110,8 @@ def read_angles(angles: Sequence[float] | str, source: Contents | str | Path, ro
         if not Path(where).is_file():
             raise DataError(f"{where}: no such file of angles; check data.root, or give a list or key:NAME")
         with reading(where):
-            values = np.loadtxt(where, dtype=np.float64, ndmin=1)
+            values = np.loadtxt(where, dtype=np.float64, ndmin=1,
+                                delimiter="," if where.endswith(".csv") else None)
     else:
         contents = source if isinstance(source, Contents) else open_file(source)
         where = f"{contents.path}: angles"

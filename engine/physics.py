@@ -182,6 +182,14 @@ def density(element: str) -> float:
     return float(tables(f"the density of {element}").ElementDensity(atomic_number(element)))
 
 
+def wavelength(voltage: float) -> float:
+    """[nm] of electrons that were accelerated by `voltage` [kV], relativistic."""
+    from scipy import constants  # here, as settings are read without scipy
+
+    volts, rest = 1e3 * voltage, constants.m_e * constants.c**2 / constants.e
+    return float(constants.h / np.sqrt(2 * constants.m_e * constants.e * volts * (1 + volts / (2 * rest))) * 1e9)
+
+
 def tables(need: str) -> Any:
     """xraylib; DataError with what it is needed for where it is not installed."""
     try:

@@ -78,8 +78,8 @@ class Source(Model):
     axes: Annotated[list[Literal["element", "tilt", "y", "x", "energy"]], AfterValidator(once)] = setting(
         ..., "-", "the array's axes in its own order, of element, tilt, y, x, energy; x is the tilt axis")
     angles: Annotated[Annotated[Degrees, LIST] | Annotated[str, WORD] | Annotated[None, NOTHING], BY_SHAPE] = setting(
-        None, "degrees", "one per projection: a list, key:NAME of an array, or a file (.rawtlt, .tlt, .txt); without "
-        "it one image at 0 degrees")
+        None, "degrees", "one per projection: a list, key:NAME of an array, or a file (.rawtlt, .tlt, .txt, .csv); "
+        "without it one image at 0 degrees")
     tilts: Indices | None = setting(
         None, "-", "indices of the projections to use, from 0; without it all", examples=["[0, 2, 4, 6]"])
     shifts: Shifts = setting(
