@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from engine import estimate
 from engine.estimate import size
 from launch import devices, resources
@@ -33,7 +35,7 @@ GIB = 2**30
 class Extent:
     """The sizes that rule a solve. shape: (nz, ny, nx); haadf, chem: numbers of projections; pixel: [nm].
 
-    probes: patterns at each tilt; 0 where there are images.
+    probes: patterns at each tilt; 0 where there are images. files: that a group of them has, where one is to be made.
     """
 
     elements: tuple[str, ...]
@@ -42,6 +44,7 @@ class Extent:
     chem: int
     pixel: float
     probes: int = 0
+    files: int = 0
 
     @property
     def volume(self) -> int:
@@ -139,12 +142,13 @@ def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
     volume = 1 + (1 + large) * (1 + each) + 2 * (small + HISTORIES)
     published = len(costs) if kept else 0
     folds = sweep.search.folds + 2 if sweep.search.objective == "heldout" else 0
+    made = sum({(cost.extent.shape, cost.extent.pixel): cost.extent.files for cost in costs}.values())
     sizes = {(cost.extent.elements, cost.extent.shape) for cost in costs}
     varied = len(grid.axes(sweep)) + len(list(tunables(sweep)))
     return {
         "volumes": (kept + published) * volume,
         "tables": 2 * (TABLES + (FRACTIONS if sweep.output.fractions else 0) + 2 * (varied + folds)),
-        "prepared data": 0 if isinstance(sweep.data, Measured) else len(costs) + len(sizes),
+        "prepared data": 0 if isinstance(sweep.data, Measured) else len(costs) + len(sizes) + made,
         "best settings": len(costs),
         "others": FIXED + (len(costs) if sweep.system == "mset" and kept else 0),
     }
@@ -212,37 +216,50 @@ def _extent(sweep: Sweep, opened: dict[str, tuple[Extent, list[str]]]) -> tuple[
 
 
 def _recorded(sweep: Sweep, data: Recorded) -> tuple[Extent, list[str]]:
-    """Of a series in a file, without its patterns; DataError names the line of the YAML."""
-    import zarr
-
+    """Of a series in files, without its patterns; DataError names the line of the YAML."""
     from engine.data import DataError
-    from engine.files import reading
 
-    path = Path(data.root, data.scan)
-    try:
-        with reading(path):
-            group = zarr.open_group(path, mode="r")
-            patterns, pixel = group.get("patterns"), group.attrs.get("pixel_nm")
-    except DataError as error:
-        raise DataError(f"{sweep.where('data.scan')}: {error}") from None
-    if not isinstance(patterns, zarr.Array) or len(patterns.shape) != 4 or not isinstance(pixel, float):
-        raise DataError(f"{sweep.where('data.scan')}: {path}: is no 4D-STEM series, as engine.scans.save writes them; "
-                        "it needs patterns (tilt, probe, qy, qx) and pixel_nm")
-    tilts, probes, stored, _ = patterns.shape
+    if isinstance(data.scan, str):
+        (tilts, probes, stored, _), pixel = _grouped(sweep, Path(data.root, data.scan))
+        if (data.crop or stored) > stored or data.bins > (data.crop or stored):
+            raise DataError(f"{sweep.where('data.crop')}: patterns of {stored} pixels cannot be cropped to "
+                            f"{data.crop or stored} and binned by {data.bins}")
+        size, files = (data.crop or stored) // data.bins, 0
+        pixel *= stored / (size * data.bins)
+        name = str(Path(data.root, data.scan))
+        line = f"{tilts} tilts, {probes} probes, {stored} x {stored} pixels, from {name}"
+    else:
+        from engine import archives
+        from sweeps import imported
+
+        seen = imported.survey(sweep, data)
+        tilts, probes, size, pixel = seen.tilts, seen.scan[0] * seen.scan[1], seen.size, seen.pixel
+        files = archives.count((tilts, probes, size, size), np.dtype(np.float32))
+        (rows, columns), (qy, qx), name = seen.scan, seen.detector, "the series"
+        line = (f"{tilts} tilts, {rows} x {columns} probes (y, x), {qy} x {qx} pixels of {seen.scale:.4g} mrad, bright "
+                f"disc of {seen.radius:.1f} pixels about ({seen.centre[0]:.1f}, {seen.centre[1]:.1f})")
     if data.tilts and max(data.tilts) >= tilts:
-        raise DataError(f"{sweep.where('data.tilts')}: there is no tilt {max(data.tilts)}; {path} has 0 to {tilts - 1}")
-    if (data.crop or stored) > stored or data.bins > (data.crop or stored):
-        raise DataError(f"{sweep.where('data.crop')}: patterns of {stored} pixels cannot be cropped to "
-                        f"{data.crop or stored} and binned by {data.bins}")
-    size = (data.crop or stored) // data.bins
+        raise DataError(f"{sweep.where('data.tilts')}: there is no tilt {max(data.tilts)}; "
+                        f"{name} has 0 to {tilts - 1}")
     if isinstance(sweep.solver, Mset) and sweep.solver.method == "mset":
         wrong = [end for end in ends(sweep.solver.binning) if size % end]
         if wrong:
             raise DataError(f"{sweep.where('solver.binning')}: {size} layers of voxels cannot be cut into slices of "
                             f"{wrong[0]}")
-    line = f"data.scan: {tilts} tilts, {probes} probes, {stored} x {stored} pixels, from {path}"
-    return Extent(elements(sweep), (size,) * 3, 0, len(data.tilts or range(tilts)), pixel * stored / (size * data.bins),
-                  probes), [line]
+    extent = Extent(elements(sweep), (size,) * 3, 0, len(data.tilts or range(tilts)), pixel, probes, files)
+    return extent, [f"data.scan: {line}"]
+
+
+def _grouped(sweep: Sweep, path: Path) -> tuple[tuple[int, ...], float]:
+    """The shape of a group's patterns, and their pixel [nm]."""
+    from engine import archives
+    from engine.data import DataError
+
+    try:
+        with archives.opened(path) as group:
+            return group.arrays["patterns"].shape, float(group.attributes["pixel_nm"])
+    except DataError as error:
+        raise DataError(f"{sweep.where('data.scan')}: {error}") from None
 
 
 def _measured(sweep: Sweep, data: Measured) -> tuple[Extent, list[str]]:

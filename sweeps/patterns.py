@@ -7,6 +7,14 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from sweeps.fields import (
+    BY_SHAPE,
+    LIST,
+    MAPPING,
+    NOTHING,
+    NUMBER,
+    PAIR,
+    WORD,
+    Degrees,
     Indices,
     Model,
     NotNegative,
@@ -16,11 +24,17 @@ from sweeps.fields import (
     Weight,
     WholeTunable,
     checkpoints,
+    once,
     setting,
     steps,
     unless,
 )
+from sweeps.sources import Crop
 
+Axis = Literal["scan", "scan_y", "scan_x", "qy", "qx"]
+Positive = Annotated[float, Field(gt=0)]
+Found = Annotated[Annotated[Positive, NUMBER] | Annotated[None, NOTHING], BY_SHAPE, unless("auto")]
+Place = Annotated[Annotated[list[float], PAIR, LIST] | Annotated[None, NOTHING], BY_SHAPE, unless("auto")]
 Dose = Annotated[Annotated[float, Field(gt=0)] | None, unless("none")]
 
 
@@ -50,15 +64,65 @@ class Scanned(Model):
     replicate: int = setting(0, "-", "number of the noise realisation", ge=0)
 
 
-class Recorded(Model):
-    """A 4D-STEM tilt series in a Zarr group, as engine.scans writes it."""
+class Files(Model):
+    """A 4D-STEM tilt series as a microscope leaves it: a file of each tilt, and what is known of the microscope."""
 
-    root: str = setting(".", "-", "folder of the file, relative to this YAML; with --set, to where you are")
-    scan: str = setting(..., "-", "the group: patterns (tilt, probe, qy, qx), angles, positions, and its optics")
+    files: Annotated[Annotated[list[str], Field(min_length=1), LIST] | Annotated[str, WORD], BY_SHAPE] = setting(
+        ..., "-", "one of each tilt, relative to data.root: a list, or a pattern whose numbers count in order")
+    key: str | None = setting(
+        None, "-", "name of the array, where a file holds several", examples=["entry/data"])
+    axes: Annotated[list[Axis], Field(min_length=3, max_length=4), AfterValidator(once)] = setting(
+        ["scan_y", "scan_x", "qy", "qx"], "-",
+        "the array's axes in its own order, of scan_y, scan_x, qy, qx; or of scan, row by row, qy, qx")
+    scan_shape: Annotated[list[Annotated[int, Field(ge=1)]], PAIR] | None = setting(
+        None, "probes", "rows and columns of the scan, where one axis has all of them")
+    scan_crop: Crop | None = setting(
+        None, "probes", "part of the scan to use; the tilt axis passes through its centre",
+        examples=["{x: [0, 5], y: [0, 5]}"])
+    angles: Annotated[Annotated[Degrees, LIST] | Annotated[str, WORD], BY_SHAPE] = setting(
+        ..., "degrees", "one for each file: a list, or a file (.rawtlt, .tlt, .txt, .csv)")
+    tilt_axis: float = setting(
+        0.0, "degrees", "direction of the tilt axis, from the scan's x toward its y; positive tilts turn +z toward "
+        "what lies 90 degrees further")
+    step: Annotated[Annotated[Positive, NUMBER] | Annotated[list[Positive], PAIR, LIST], BY_SHAPE] = setting(
+        ..., "nm", "of the scan: a number, or [along y, along x]")
+    voltage: float = setting(300.0, "kV", "that the electrons are accelerated by", gt=0)
+    aperture: float = setting(..., "mrad", "semi-angle of the probe", gt=0)
+    defocus: float = setting(..., "nm", "-C1; negative: the crossover lies before the entrance face, of a volume as "
+                             "deep as the patterns' field is wide")
+    c3: float = setting(0.0, "nm", "spherical aberration")
+    c5: float = setting(0.0, "nm", "spherical aberration of fifth order")
+    scale: Found = setting(
+        None, "scale_units", "of a pixel of the detector; auto: the bright disc is as large as the aperture, to a "
+        "percent or so where it has few pixels", examples=["auto"])
+    scale_units: Literal["mrad", "1/nm"] = setting("mrad", "-", "what scale is given in")
+    centre: Place = setting(
+        None, "pixels", "of the bright disc along qy and qx, from 0; auto: found at each tilt", examples=["auto"])
+    dark: float | None = setting(
+        None, "counts", "of a pixel without electrons, to be subtracted; what is below is 0", examples=["0.0"])
+    counts_per_electron: Positive = setting(1.0, "counts", "that the detector has for an electron")
+    electrons: Found = setting(
+        None, "electrons", "of a probe; auto: of the tenth of all probes that loses fewest", examples=["auto"])
+    rotation: Annotated[Annotated[float, NUMBER] | Annotated[None, NOTHING], BY_SHAPE, unless("auto")] = setting(
+        None, "degrees", "of the scan on the detector, from +x toward +y, after the flip; auto: found from the "
+        "patterns, by how the specimen deflects them, or by parallax out of focus", examples=["auto"])
+    flip: Annotated[Literal["none", "x", "y", "transpose"] | None, unless("auto")] = setting(
+        None, "-", "what mirrors the scan on the detector: none, x, y, or transpose (x and y exchanged); auto: found "
+        "likewise", examples=["auto"])
+
+
+class Recorded(Model):
+    """A 4D-STEM tilt series: in a group, as engine.scans writes it, or in the files of a microscope."""
+
+    root: str = setting(".", "-", "folder of the files, relative to this YAML; with --set, to where you are")
+    scan: Annotated[Annotated[str, WORD] | Annotated[Files, MAPPING], BY_SHAPE] = setting(
+        ..., "-", "a group in Zarr or HDF5: patterns (tilt, probe, qy, qx), angles, positions, and its optics; or "
+        "{files: , ...}, a file of each tilt, of which such a group is made once")
     tilts: Indices | None = setting(
         None, "-", "indices of the tilts to use, from 0; without it all", examples=["[0, 2, 4, 6]"])
     crop: Annotated[int, Field(ge=1)] | None = setting(
-        None, "pixels", "of the detector that are kept along an edge; without it all", examples=["48"])
+        None, "pixels", "of the detector that are kept along an edge, about the bright disc; without it all",
+        examples=["48"])
     bins: int = setting(1, "pixels", "of the detector along an edge that are added up to one", ge=1)
     stream: Literal["auto", "always", "never"] = setting(
         "auto", "-", "whether patterns are read from the file in each iteration; auto: where memory cannot hold them")

@@ -9,7 +9,7 @@ from engine.phantoms import ELEMENTS
 from engine.physics import SYMBOLS
 from sweeps.defaults import FLAT
 from sweeps.fields import Range, ends
-from sweeps.patterns import Mset, Recorded, Scanned
+from sweeps.patterns import Files, Mset, Recorded, Scanned
 from sweeps.schema import Fractions, Fused3D, Hebt, Output, Particle, Phantom, Shares, Sweep
 from sweeps.sources import ChemSource, Element, Measured, Source
 from sweeps.yamlio import Keys, flow
@@ -124,6 +124,8 @@ def _scanned(sweep: Sweep) -> Iterator[Problem]:
     for name in ("light", "heavy") if isinstance(data, Recorded) else ():
         if getattr(data, name) not in (None, *SYMBOLS):
             yield ("data", name), f"{getattr(data, name)} is no element; give its symbol, as in Au"
+    if isinstance(data, Recorded) and isinstance(data.scan, Files):
+        yield from _files(data.scan, data.tilts)
     if isinstance(data, Scanned) and solver.method == "mset":
         wrong = [end for end in ends(solver.binning) if data.size % end]
         if wrong:
@@ -131,6 +133,21 @@ def _scanned(sweep: Sweep) -> Iterator[Problem]:
     for name in ("shares", "fractions", "haadf"):
         if getattr(sweep.output, name) != getattr(Output(), name):
             yield ("output", name), "is for maps of elements, which mset has not"
+
+
+def _files(given: Files, tilts: list[int] | None) -> Iterator[Problem]:
+    """What does not fit together in a series in files, before they are looked at."""
+    keys: Keys = ("data", "scan")
+    whole = {"scan", "qy", "qx"} if "scan" in given.axes else {"scan_y", "scan_x", "qy", "qx"}
+    if set(given.axes) != whole:
+        yield (*keys, "axes"), f"{flow(given.axes)} is neither of scan_y, scan_x, qy, qx nor of scan, qy, qx"
+    elif ("scan" in given.axes) != (given.scan_shape is not None):
+        yield (*keys, "scan_shape"), "is given with the axis scan, and needed there: [rows, columns]"
+    count = len(given.files) if isinstance(given.files, list) else None
+    if count is not None and isinstance(given.angles, list) and len(given.angles) != count:
+        yield (*keys, "angles"), f"{len(given.angles)} angles for {count} files; give one for each"
+    if count is not None and tilts and max(tilts) >= count:
+        yield ("data", "tilts"), f"there is no tilt {max(tilts)}; {count} files count from 0"
 
 
 def _solid(sweep: Sweep) -> Iterator[Problem]:

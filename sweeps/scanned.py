@@ -19,7 +19,7 @@ from engine.data import DataError, Solution, TiltSeries
 from engine.diffraction import DiffractionSeries, Scan
 from engine.iterate import Keep
 from engine.multislice import Optics
-from sweeps import atomic, needs, stages
+from sweeps import atomic, imported, needs, stages
 from sweeps.patterns import Mset, Recorded, Scanned
 from sweeps.scores import Score
 from sweeps.settings import Sweep, dump
@@ -46,9 +46,10 @@ def recorded(sweep: Sweep, folder: Path) -> DiffractionSeries:
     """The patterns of a cell, with their noise."""
     data = sweep.data
     if isinstance(data, Recorded):
+        path, chosen = imported.group(data, folder)
         most = {"always": 0.0, "never": np.inf, "auto": needs.room()}[data.stream]
-        return recent("recorded", dump(sweep)["data"], lambda: scans.load(
-            Path(data.root, data.scan), tilts=data.tilts, crop=data.crop, bins=data.bins, most=most))
+        given = {"path": str(path), **chosen, "stream": data.stream}
+        return recent("recorded", given, lambda: scans.load(path, **chosen, most=most))
     assert isinstance(data, Scanned)
     clean = recent("scanned", _clean(data), lambda: _scanned(data, folder))
     counted = clean if data.dose is None else diffraction.with_dose(clean, data.dose, _seed(sweep))
@@ -108,6 +109,8 @@ def _solver(sweep: Sweep, folder: Path, batch: str) -> Any:
         images = dark_field(sweep, folder)
         return partial(adf.reconstruct, images, adf.Settings(
             given.method, max(DARK, given.iterations), positivity=given.positivity))
+    if isinstance(sweep.data, Recorded):
+        imported.tell(sweep.data, folder)
     series, values = recorded(sweep, folder), given.model_dump()
     needs.check_memory(sweep, needs.solve(
         sweep, elements=1, shape=(series.size,) * 3, haadf_tilts=0, chem_tilts=len(series.angles),

@@ -290,7 +290,8 @@ _SIMULATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # data and gri
     "fused2d": ({"phantom": "coscoo", "size": 128}, {"data.snr.haadf": [5, 20, 100], "data.snr.chem": [0.25, 1, 4]}),
 }
 _MEASURED: dict[str, dict[str, Any]] = {  # data, by system
-    "mset": {"scan": "series.zarr"},
+    "mset": {"scan": {"files": "tilt_*.hspy", "angles": "tilts.rawtlt", "step": 0.05, "aperture": 21.0,
+                      "defocus": -20.0}},
     "fused3d": {
         "pixel_size": 1.0,
         "haadf": {"path": "haadf.mrc", "axes": ["tilt", "y", "x"], "angles": "haadf.rawtlt"},
