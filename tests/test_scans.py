@@ -46,6 +46,9 @@ def test_a_series_comes_back(name, tmp_path, series):
     some = scans.load(path, tilts=[2, 0], crop=8, bins=2)
     np.testing.assert_array_equal(some.angles, series.angles[[2, 0]])
     assert some.size == 4
+    streamed = scans.load(path, crop=8, bins=2, most=0)
+    assert streamed.streamed
+    np.testing.assert_array_equal(np.stack([streamed.patterns[k] for k in (2, 0)]), some.patterns)
 
 
 @needs_h5py
