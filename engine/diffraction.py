@@ -32,7 +32,7 @@ class DiffractionSeries:
         `engine.scans.Streamed` does from disk.
     angles: (tilt, 3) Euler angles [deg] as `engine.euler` has them; of (tilt,), they are about x, the tilt axis.
     positions: (probe, 2), y and x [nm] of the probes, from the field's centre and the tilt axis.
-    pixel: [nm] of the field, which is as wide as the volume is deep.
+    pixel: [nm] of the field that a pattern holds, a window of as many pixels; of MSET's volume as well.
     electrons: that one probe sends onto the specimen; 1 where patterns are shares of the beam.
     adf: (tilt, probe) share of the beam on an annular detector; None where it was not recorded (`engine.adf`).
     """
@@ -64,9 +64,6 @@ class DiffractionSeries:
         if not (self.pixel > 0 and self.electrons > 0):
             raise DataError(f"the pixel is {self.pixel} nm and a probe has {self.electrons} electrons; "
                             "both must be positive")
-        if np.abs(positions).max() > self.size * self.pixel / 2:
-            raise DataError(f"a probe lies {np.abs(positions).max():.3g} nm from the centre of a field "
-                            f"{self.size * self.pixel:.3g} nm wide; give positions in nm from the tilt axis")
         if self.adf is not None and (np.shape(self.adf) != patterns.shape[:2] or not np.isfinite(self.adf).all()):
             raise DataError(f"the dark field has shape {np.shape(self.adf)}; {patterns.shape[:2]} (tilt, probe) finite "
                             "numbers are needed")

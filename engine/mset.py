@@ -34,7 +34,7 @@ from engine.diffraction import DiffractionSeries
 from engine.euler import matrix
 from engine.groups import Feed, dealt, gathered, grouped, illumination, tilt_order
 from engine.iterate import Keep, Step, outcomes, solve
-from engine.multislice import Beam, beam, defocus_between, propagator
+from engine.multislice import aberrations, beam, defocus_between, opened, propagator
 from engine.passes import TERMS, Problem, State, Way, misfit, start, stepper, streaming
 
 FIRST = 20.0  # steps that `paper` tries first; at 48^3 as good after 5 iterations as groups of 8 after 15
@@ -119,6 +119,10 @@ def feeding(series: DiffractionSeries, settings: Settings, fitted: np.ndarray | 
     if fitted.shape != shape or not fitted.any():
         raise DataError(f"the patterns to fit are marked in shape {fitted.shape}; {shape} (tilt, probe) with one or "
                         "more of them is needed")
+    farthest, width = np.abs(series.positions).max(), series.size * series.pixel
+    if farthest > width / 2:
+        raise DataError(f"a probe lies {farthest:.3g} nm from the centre of a field {width:.3g} nm wide, as wide as "
+                        "patterns of these pixels hold; give positions in nm from the tilt axis, or a smaller scan")
     paper, tilts = settings.mode == "paper", len(series.angles)
     chosen = grouped(series.positions, 1 if paper else settings.group, settings.finer * series.size,
                      series.size // _layers(series.size, settings), settings.devices, shuffled=not paper)
@@ -142,7 +146,7 @@ def build(feed: Feed, settings: Settings) -> Problem:
     floor = 0.0 if settings.positivity else -np.inf
     numbers = (1 / (2 * lit * size), step, momentum, floor, density * settings.lambda_tv / volts, squares,
                settings.refine_after)
-    shared: Any = (made, _aperture(made), _aberrations(made), _gauge(series.angles[feed.order]),
+    shared: Any = (made, opened(made), aberrations(made), _gauge(series.angles[feed.order]),
                    *map(np.float32, numbers))
     tilts = None if series.streamed else feed.stacked()
     cut: Any = [dealt(array, settings.devices, axis=1) for array in (positions, feed.real[..., 0])]
@@ -164,22 +168,6 @@ def _refined(way: Way, feed: Feed, problem: Problem, state: State) -> tuple[dict
         fields["positions"] = feed.ungrouped(gathered(np.asarray(state.positions), devices, axis=2))
         told["moved"] = 1e3 * float(np.sqrt(((fields["positions"] - series.positions) ** 2).sum(2).mean()))
     return fields, told
-
-
-def _aperture(made: Beam) -> np.ndarray:
-    """Where the probe's spectrum is not 0, and one pixel around: a measured edge lies between pixels."""
-    inside = np.abs(np.asarray(made.spectrum)) > 0
-    steps = [(by, axis) for by in (-1, 1) for axis in (0, 1)]
-    return np.any([inside, *(np.roll(inside, by, axis) for by, axis in steps)], axis=0).astype(np.float32)
-
-
-def _aberrations(made: Beam) -> np.ndarray:
-    """(3, y, x) phases of defocus and of twofold astigmatism along the axes and between them, 1 at the edge."""
-    inside = np.abs(np.asarray(made.spectrum)) > 0
-    q = np.fft.fftfreq(len(inside))
-    y, x = np.meshgrid(q, q, indexing="ij")
-    edge = (y**2 + x**2)[inside].max()
-    return (inside * np.stack([y**2 + x**2, y**2 - x**2, 2 * y * x]) / edge).astype(np.float32)
 
 
 def _gauge(angles: np.ndarray) -> np.ndarray:

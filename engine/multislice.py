@@ -269,6 +269,22 @@ def narrowed(array: jax.Array, size: int) -> jax.Array:
     return jnp.roll(rolled, (half - size, half - size), (-2, -1))
 
 
+def opened(made: Beam) -> np.ndarray:
+    """(y, x) 1 where the probe's spectrum is not 0, and one pixel around, as a measured edge lies between pixels."""
+    inside = np.abs(np.asarray(made.spectrum)) > 0
+    steps = [(by, axis) for by in (-1, 1) for axis in (0, 1)]
+    return np.any([inside, *(np.roll(inside, by, axis) for by, axis in steps)], axis=0).astype(np.float32)
+
+
+def aberrations(made: Beam) -> np.ndarray:
+    """(3, y, x) phases of defocus and of twofold astigmatism along the axes and between them, 1 at the edge."""
+    inside = np.abs(np.asarray(made.spectrum)) > 0
+    q = np.fft.fftfreq(len(inside))
+    y, x = np.meshgrid(q, q, indexing="ij")
+    edge = (y**2 + x**2)[inside].max()
+    return (inside * np.stack([y**2 + x**2, y**2 - x**2, 2 * y * x]) / edge).astype(np.float32)
+
+
 def defocus_between(spectrum: np.ndarray, other: np.ndarray, wavelength: float, pixel: float) -> float:
     """By how much [nm] the defocus of another spectrum is larger: the one that brings the two into phase."""
     product, q2 = np.conj(spectrum) * other, frequencies(len(spectrum), pixel)
