@@ -92,7 +92,6 @@ def made(**changes):
     ({"patterns": np.full((2, 3, 8, 8), -1.0)}, "negative"),
     ({"pixel": 0.0}, "positive"),
     ({"adf": np.zeros((2, 4))}, "dark field"),
-    ({"positions": np.full((3, 2), 5.0)}, "in nm from the tilt axis"),
 ])
 def test_what_cannot_be_a_series_is_refused(changes, sentence):
     with pytest.raises(DataError, match=sentence):

@@ -205,6 +205,8 @@ def test_what_cannot_be_solved_is_refused(series):
         reconstruct(replace(series, patterns=0 * series.patterns), Settings())
     with pytest.raises(DataError, match="tilt, probe"):
         reconstruct(series, Settings(), fitted=np.zeros(3, bool))
+    with pytest.raises(DataError, match="in nm from the tilt axis"):
+        reconstruct(replace(series, positions=series.positions + 5), Settings())
     with pytest.raises(DataError, match="JAX sees 1"):
         reconstruct(series, Settings(devices=64))
 
