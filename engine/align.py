@@ -33,6 +33,7 @@ from engine.projector import Geometry, backproject, project
 FREE = {"shift": (0, 1), "inplane": (2,), "tilt": (3,), "azimuth": (4,)}  # what a level may find, and its columns
 LEAST = 1e-3  # voxel lengths: rays and voxels that meet less than that are left alone
 FARTHEST = 1.0  # [pixel of a level] that an image moves in a round, or its edge by a turn
+MOMENTUM = 0.8  # share of a round's change that the next one begins with: a volume gives way slowly
 DAMPING = 1e-3  # of each number, in what an image tells of the one it tells most of
 
 
@@ -119,6 +120,32 @@ def applied(images: np.ndarray, alignment: Alignment) -> tuple[np.ndarray, np.nd
     return _undone(filtered, _numbers(alignment))
 
 
+def reconstructed(images: np.ndarray, angles: np.ndarray, alignment: Alignment, *, rounds: int = 20, steps: int = 5,
+                  blur: float = 0.0, start: np.ndarray | None = None,
+                  observe: Callable[[int, np.ndarray], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The volume (z, y, x) of images (tilt, y, x) as they are aligned, and what they miss (tilt,), as in `Joint`.
+
+    Accelerated non-negative SIRT: rounds of so many steps, after each of which the volume is smoothed by a Gaussian of
+    `blur` voxels. start: a volume of any size to begin with. observe(round, volume) is called after each round.
+    """
+    undone, seen = applied(images, alignment)
+    numbers, shape = _numbers(alignment), (images.shape[1], *images.shape[1:])
+    volume, residual = _resized(start, shape), np.zeros(len(images))
+    for turn in range(rounds):
+        volume, _, _, residual = _advanced(volume, undone, seen, np.radians(angles) + numbers[:, 3], numbers[:, 4], steps,
+                                           blur)
+        if observe is not None:
+            observe(turn + 1, np.asarray(volume))
+    return np.asarray(volume), np.asarray(residual)
+
+
+def _resized(volume: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """A volume on other voxels of the same field; zeros where there is none."""
+    if volume is None:
+        return np.zeros(shape, np.float32)
+    return ndimage.zoom(volume, np.array(shape) / volume.shape, order=1, grid_mode=True, mode="nearest")
+
+
 def ungauged(alignment: Alignment, angles: np.ndarray) -> tuple[Alignment, np.ndarray]:
     """The alignment less what a moved and turned volume would show as well, and that: its shift (z, y, x) [pixel] and
     its small turns about z, y and x [deg], (2, 3)."""
@@ -190,11 +217,11 @@ def _at_level(images: np.ndarray, angles: np.ndarray, level: Level, settings: Se
     filtered = np.stack([ndimage.spline_filter(image, output=np.float32) for image in small])
     scale = np.array([level.bins, level.bins, 1, 1, 1])
     numbers, shape = numbers / scale, (small.shape[1], *small.shape[1:])
-    volume = np.zeros(shape, np.float32) if volume is None else ndimage.zoom(
-        volume, np.array(shape) / volume.shape, order=1, grid_mode=True, mode="nearest")
+    volume = _resized(volume, shape)
     columns = [c for name in FREE if name in level.free for c in FREE[name]]
     common = _shown(angles, columns)
     before: Any = None
+    change = np.zeros_like(numbers)
     # The first volume of a level is made before anything moves: an empty one tells of no place.
     for turn in range(level.rounds + 1):
         undone, seen = _undone(filtered, numbers)
@@ -203,7 +230,8 @@ def _at_level(images: np.ndarray, angles: np.ndarray, level: Level, settings: Se
         if before is None:
             before = np.asarray(residual)
             continue
-        change = _newton(np.asarray(normal, np.float64), np.asarray(right, np.float64), columns, shape[1:])
+        change = MOMENTUM * change + _newton(np.asarray(normal, np.float64), np.asarray(right, np.float64), columns,
+                                             shape[1:])
         change -= (common @ change.ravel()).reshape(change.shape)
         numbers = _moved(numbers, change)
         if observe is not None:
