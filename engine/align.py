@@ -131,9 +131,9 @@ def reconstructed(images: np.ndarray, angles: np.ndarray, alignment: Alignment, 
     undone, seen = applied(images, alignment)
     numbers, shape = _numbers(alignment), (images.shape[1], *images.shape[1:])
     volume, residual = _resized(start, shape), np.zeros(len(images))
+    turned = np.radians(angles) + numbers[:, 3]
     for turn in range(rounds):
-        volume, _, _, residual = _advanced(volume, undone, seen, np.radians(angles) + numbers[:, 3], numbers[:, 4], steps,
-                                           blur)
+        volume, _, _, residual = _advanced(volume, undone, seen, turned, numbers[:, 4], steps, blur)
         if observe is not None:
             observe(turn + 1, np.asarray(volume))
     return np.asarray(volume), np.asarray(residual)
