@@ -75,7 +75,8 @@ class Settings:
 
     levels: coarse to fine. steps: of the volume between two alignments. clip: share of an image's maximum below which
     it is set to 0, as the paper's 0.4 in coarse levels: it makes outlines plain, and is of no use for turns. blur:
-    [pixel of the level] by which the volume is smoothed in each round, the paper's 0.5 at full size; 0 for none.
+    [voxel of the level] of the Gaussian that a volume is made of, which keeps it from frequencies that no image holds,
+    the paper's 0.5 at full size; 0 for none.
     """
 
     levels: tuple[Level, ...] = (Level(4, 30), Level(2, 30, ("shift", "inplane")), Level(1, 20, tuple(FREE)))
@@ -125,8 +126,8 @@ def reconstructed(images: np.ndarray, angles: np.ndarray, alignment: Alignment, 
                   observe: Callable[[int, np.ndarray], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The volume (z, y, x) of images (tilt, y, x) as they are aligned, and what they miss (tilt,), as in `Joint`.
 
-    Accelerated non-negative SIRT: rounds of so many steps, after each of which the volume is smoothed by a Gaussian of
-    `blur` voxels. start: a volume of any size to begin with. observe(round, volume) is called after each round.
+    Accelerated non-negative SIRT in rounds of so many steps. blur: [voxel] of the Gaussian that the volume is made of.
+    start: a volume of any size to begin with. observe(round, volume) is called after each round.
     """
     undone, seen = applied(images, alignment)
     numbers, shape = _numbers(alignment), (images.shape[1], *images.shape[1:])
@@ -135,8 +136,8 @@ def reconstructed(images: np.ndarray, angles: np.ndarray, alignment: Alignment, 
     for turn in range(rounds):
         volume, _, _, residual = _advanced(volume, undone, seen, turned, numbers[:, 4], steps, blur)
         if observe is not None:
-            observe(turn + 1, np.asarray(volume))
-    return np.asarray(volume), np.asarray(residual)
+            observe(turn + 1, np.asarray(_blurred(jnp.asarray(volume), blur)))
+    return np.asarray(_blurred(jnp.asarray(volume), blur)), np.asarray(residual)
 
 
 def _resized(volume: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
@@ -236,7 +237,7 @@ def _at_level(images: np.ndarray, angles: np.ndarray, level: Level, settings: Se
         numbers = _moved(numbers, change)
         if observe is not None:
             observe(turn, np.asarray(residual))
-    return numbers * scale, np.asarray(volume), before, np.asarray(residual)
+    return numbers * scale, np.asarray(_blurred(jnp.asarray(volume), settings.blur)), before, np.asarray(residual)
 
 
 def _shown(angles: np.ndarray, columns: list[int]) -> np.ndarray:
@@ -286,8 +287,8 @@ def _undone(filtered: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.n
 @partial(jax.jit, static_argnames=("blur",))
 def _advanced(volume: jax.Array, images: jax.Array, seen: jax.Array, angles: jax.Array, azimuth: jax.Array,
               steps: int, blur: float) -> tuple[jax.Array, ...]:
-    """The volume after steps toward the images, and what each image tells of its five numbers: normal matrices
-    (tilt, 5, 5), right sides (tilt, 5) and residuals (tilt,)."""
+    """What the volume is made of after steps toward the images, and what each image tells of its five numbers: normal
+    matrices (tilt, 5, 5), right sides (tilt, 5) and residuals (tilt,)."""
     nz, ny, _ = volume.shape
     rays = Geometry(jnp.asarray(angles, jnp.float32), jnp.ones(len(angles), jnp.float32))
     azimuth = jnp.asarray(azimuth, jnp.float32)[:, None, None]
@@ -302,20 +303,18 @@ def _advanced(volume: jax.Array, images: jax.Array, seen: jax.Array, angles: jax
         cos, sin = (f(rays.angles)[:, None, None] for f in (jnp.cos, jnp.sin))
         return each[0], cos * each[1] - sin * each[2]
 
-    _, moment = depth(volume)
+    _, moment = depth(_blurred(volume, blur))
     data = images - azimuth * _slope(moment, 2)
 
     def step(_: int, at: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x, ahead, t = at
-        misfit = rows * seen * (data - project(ahead, rays, ny))
-        new = jnp.maximum(ahead + columns * backproject(misfit, rays, nz, ny), 0)
+        misfit = rows * seen * (data - project(_blurred(ahead, blur), rays, ny))
+        new = jnp.maximum(ahead + columns * _blurred(backproject(misfit, rays, nz, ny), blur), 0)
         later = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
         return new, new + (t - 1) / later * (new - x), later
 
     volume = jax.lax.fori_loop(0, steps, step, (volume, volume, jnp.float32(1)))[0]
-    if blur > 0:
-        volume = _blurred(volume, blur)
-    shown, moment = depth(volume)
+    shown, moment = depth(_blurred(volume, blur))
     y, x = (jnp.arange(n) - (n - 1) / 2 for n in shown.shape[1:])
     along_y, along_x = _slope(shown, 1), _slope(shown, 2)
     misfit = seen * (images - shown - azimuth * _slope(moment, 2))
@@ -332,7 +331,9 @@ def _slope(images: jax.Array, axis: int) -> jax.Array:
 
 
 def _blurred(volume: jax.Array, sigma: float) -> jax.Array:
-    """The volume smoothed by a Gaussian [voxel], as if it went on at its ends as it began."""
+    """The volume smoothed by a Gaussian [voxel], as if it went on at its ends as it began; with 0 as it is."""
+    if sigma == 0:
+        return volume
     for axis, size in enumerate(volume.shape):
         q = jnp.asarray(np.fft.rfftfreq(size), jnp.float32)
         window = jnp.exp(-2 * (jnp.pi * sigma * q) ** 2).reshape([-1 if a == axis else 1 for a in range(3)])
