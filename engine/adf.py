@@ -1,7 +1,8 @@
 """Linear tomography of annular dark-field images (ADF), which multislice tomography is compared with.
 
 An image is taken for a projection of one volume, b = A x, though scattering is not linear. Two solvers of that:
-`resire` descends in real space, x <- max(0, x - step A' (A x - b)) (M. Pham et al., RESIRE, Sci. Rep. 13, 5624 (2023));
+`resire` descends in real space, x <- max(0, x - step A' (A x - b)) (M. Pham et al., RESIRE, Sci. Rep. 13, 5624 (2023)),
+and here may take total variation into its cost, |A x - b|^2 / 2 + n lambda_tv TV(x) with n tilts;
 `genfire` goes back and forth between the box with x >= 0 and the measured part of its Fourier space (A. Pryor et al.,
 GENFIRE, Sci. Rep. 7, 10409 (2017)). Volumes (1, z, y, x) are shares of the beam per voxel length.
 """
@@ -23,6 +24,7 @@ from engine.data import DataError, Solution, TiltSeries
 from engine.diffraction import BAND, DiffractionSeries, Scan, annulus, potentials
 from engine.iterate import Step, outcomes, settled, solve
 from engine.multislice import Beam, batches, beam, probes
+from engine.penalties import Dual, prox_tv, zero_dual
 from engine.projector import Geometry, backproject, geometry, project
 
 NAME = "HAADF"
@@ -36,6 +38,8 @@ class Settings:
     method: `resire` or `genfire`. iterations: 100 in the paper. momentum: Nesterov's, in resire; the paper has none.
     oversampling: size of genfire's padded field in that of the images. radius: [pixels of the padded Fourier space]
     from a measured plane within which points are known, in genfire. positivity: whether negative values are set to 0.
+    lambda_tv: weight of total variation in resire, in the images' root mean square; the paper has none. inner: its
+    steps in each iteration.
     """
 
     method: Literal["resire", "genfire"] = "resire"
@@ -44,6 +48,8 @@ class Settings:
     oversampling: int = 3
     radius: float = 0.3
     positivity: bool = True
+    lambda_tv: float = 0.0
+    inner: int = 4
 
 
 class Descent(NamedTuple):
@@ -54,6 +60,7 @@ class Descent(NamedTuple):
     step: jax.Array
     floor: jax.Array  # 0 or -inf
     momentum: jax.Array  # 1 or 0
+    weight: jax.Array  # of total variation
     squares: jax.Array  # sum of the squared images
 
 
@@ -63,6 +70,7 @@ class Descended(NamedTuple):
     x: jax.Array  # (z, y, x)
     ahead: jax.Array
     t: jax.Array
+    tv_dual: Dual
 
 
 class Measured(NamedTuple):
@@ -165,7 +173,9 @@ def reconstruct(series: TiltSeries, settings: Settings, *, checkpoints: Sequence
     step: Step
     problem: Descent | Measured
     if settings.method == "resire":
-        problem, step, first = descent(series, settings), _descend, partial(_from_zero, Descended, depth, planes)
+        inner = settings.inner if settings.lambda_tv > 0 else 0
+        problem, step = descent(series, settings), _descending(inner)
+        first = partial(_from_zero, Descended, depth, planes)
     else:
         problem, step = measured(series, settings), _alternating(settings.oversampling * depth)
         first = partial(_from_zero, Alternated, depth, planes)
@@ -180,7 +190,8 @@ def reconstruct(series: TiltSeries, settings: Settings, *, checkpoints: Sequence
 def _from_zero(kind: type, depth: int, planes: int) -> tuple[Descended | Alternated, jax.Array]:
     """An empty volume, and its residual, 1."""
     x = jnp.zeros((depth, depth, planes), jnp.float32)
-    return settled(kind(x, x, jnp.float32(1)) if kind is Descended else kind(x)), jnp.ones(1)
+    state = kind(x, x, jnp.float32(1), zero_dual(x)) if kind is Descended else kind(x)
+    return settled(state), jnp.ones(1)
 
 
 def descent(series: TiltSeries, settings: Settings) -> Descent:
@@ -191,19 +202,31 @@ def descent(series: TiltSeries, settings: Settings) -> Descent:
     # |A|^2 is at most the largest row sum times the largest column sum; every plane along x is alike.
     longest = project(jnp.ones((pixels, pixels, 1)), rays, pixels).max()
     most = backproject(jnp.ones((tilts, pixels, 1)), rays, pixels, pixels).max()
+    squares = (stack.astype(np.float64) ** 2).sum()
     numbers = (1 / (longest * most), 0 if settings.positivity else -np.inf, settings.momentum,
-               (stack.astype(np.float64) ** 2).sum())
+               tilts * settings.lambda_tv * np.sqrt(squares / stack.size), squares)
     return Descent(jnp.asarray(stack), rays, *(jnp.float32(number) for number in numbers))
 
 
-def _descend(problem: Descent, state: Descended, _: jax.Array) -> tuple[Descended, jax.Array, jax.Array]:
+@cache
+def _descending(inner: int) -> Step:
+    """The step of `resire` with so many of TV's, 0 for no TV; the same object each time, so that it compiles once."""
+    return partial(_descend, inner)
+
+
+def _descend(inner: int, problem: Descent, state: Descended,
+             _: jax.Array) -> tuple[Descended, jax.Array, jax.Array]:
     nz, ny, _planes = state.x.shape
     misfit = project(state.ahead, problem.rays, ny) - problem.images
-    x = jnp.maximum(state.ahead - problem.step * backproject(misfit, problem.rays, nz, ny), problem.floor)
+    x, dual = state.ahead - problem.step * backproject(misfit, problem.rays, nz, ny), state.tv_dual
+    if inner:
+        x, dual = prox_tv(x, problem.weight, problem.step, dual, inner, problem.floor)
+    else:
+        x = jnp.maximum(x, problem.floor)
     t = (1 + jnp.sqrt(1 + 4 * state.t**2)) / 2
     ahead = x + problem.momentum * (state.t - 1) / t * (x - state.x)
     residual = jnp.sqrt((misfit**2).sum() / problem.squares)
-    return Descended(x, ahead, t), residual[None], sharding.relative_change(x, state.x)
+    return Descended(x, ahead, t, dual), residual[None], sharding.relative_change(x, state.x)
 
 
 def measured(series: TiltSeries, settings: Settings) -> Measured:

@@ -146,7 +146,8 @@ class Mset(Model):
     finer: int = setting(1, "pixels", "of a wave along a voxel's edge; above 1, what misses the detector stays away",
                          ge=1)
     positivity: bool = setting(True, "-", "whether negative potentials are set to 0")
-    lambda_tv: NotNegative = setting(0.0, "1/V", "weight of total variation")
+    lambda_tv: NotNegative = setting(
+        0.0, "1/V", "weight of total variation; with resire in the root mean square of its images; genfire has none")
     inner: int = setting(4, "-", "TV dual steps per iteration", ge=1)
     refine: list[Literal["probe", "positions"]] = setting(
         [], "-", "what is corrected from the patterns: the probe, one for all tilts; each tilt's scan positions",

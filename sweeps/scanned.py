@@ -108,7 +108,8 @@ def _solver(sweep: Sweep, folder: Path, batch: str) -> Any:
     if given.method == "resire" or given.method == "genfire":
         images = dark_field(sweep, folder)
         return partial(adf.reconstruct, images, adf.Settings(
-            given.method, max(DARK, given.iterations), positivity=given.positivity))
+            given.method, max(DARK, given.iterations), positivity=given.positivity, lambda_tv=given.lambda_tv,
+            inner=given.inner))
     if isinstance(sweep.data, Recorded):
         imported.tell(sweep.data, folder)
     series, values = recorded(sweep, folder), given.model_dump()

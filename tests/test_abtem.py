@@ -37,7 +37,7 @@ def ours(optics, potential, scan=SCAN, band_limit=BAND):
 
 
 def abtem_patterns(optics, potential, scan=SCAN):
-    """The same from abTEM: pixel 0 lies at its zero, and its first slice in the entrance face, ours half a slice behind.
+    """The same from abTEM: its zero is pixel 0, its first slice the entrance face, from which ours is half a slice.
 
     Lengths in Angstrom, energies in eV; its axes x, y are our y, x.
     """
