@@ -106,6 +106,7 @@ def _solver(sweep: Sweep, folder: Path, batch: str) -> Any:
     given, record = sweep.solver, sweep.solver.record
     assert isinstance(given, Mset)
     if given.method == "resire" or given.method == "genfire":
+        assert isinstance(given.lambda_tv, float)
         images = dark_field(sweep, folder)
         return partial(adf.reconstruct, images, adf.Settings(
             given.method, max(DARK, given.iterations), positivity=given.positivity, lambda_tv=given.lambda_tv,

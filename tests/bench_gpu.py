@@ -1,7 +1,8 @@
-"""`python -m tests.bench_gpu`: the kernels and whole solves on a GPU; writes two sections of docs/BENCHMARKS.md.
+"""`python -m tests.bench_gpu`: the kernels and whole solves on a GPU; writes three sections of docs/BENCHMARKS.md.
 
 Everything that needs a GPU in one command: the kernels against the reference on the CPU, their times as a share of the
-device's copy bandwidth, against the plain JAX form and ASTRA on the same GPU, whole solves, and a solve of the CPU.
+device's copy bandwidth, against the plain JAX form and ASTRA on the same GPU, whole solves, and a solve of the CPU;
+then multislice tomography, its epoch at the paper's size from a part of the probes.
 Batches of weights are solved at once. Where there is no GPU that runs the kernels it says so and ends with status 2.
 """
 
@@ -18,15 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import fused3d, kernels, metrics, simulate
+from engine import fused3d, kernels, metrics, mset, simulate
 from engine.coupling import couple_reference
 from engine.data import MultiModal
+from engine.diffraction import DiffractionSeries
+from engine.multislice import beam, error_and_gradient, kept_gradient
 from engine.penalties import Field, prox_tv_reference
 from engine.phantoms import ELEMENTS, FIELD_NM
 from engine.projector import Geometry, backproject_reference, geometry, project_reference
 from engine.sizes import bucket
 from sweeps.defaults import SNR
 from tests.bench import publish
+from tests.bench_multislice import EDGE, OPTICS, PASSES, PIXEL, SCANNED, TILTS, Work
 from tests.bench_solver import WEIGHTS, specimen
 from tests.test_coupling import block_of
 from tests.test_kernels import dual_problem, numbers
@@ -38,6 +42,8 @@ SPAN = (-70.0, 70.0)
 # The header that `tomoatlas check` looks for; one row per solve below it.
 COLUMNS = "| size | elements | haadf tilts | chem tilts | ms per iteration | s per solve |"
 DUALS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+NAMES = {"forward": "forward", "rebuilt": "gradient, waves rebuilt", "kept": "gradient, waves kept"}
+PART, FEW = (2, 2048), 2  # tilts and probes of multislice tomography that are measured; iterations
 SOLVE = fused3d.Settings(iterations=ITERATIONS, tolerance=0.0, **WEIGHTS)
 
 
@@ -46,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512], help="edges in voxels")
     parser.add_argument("--cpu-size", type=int, default=128, help="the solve that a CPU repeats; 0: none")
+    parser.add_argument("--multislice", type=int, default=EDGE, help="edge of multislice tomography's field; 0: none")
     sizes = (options := parser.parse_args()).sizes
     if not kernels.available():
         print("bench_gpu needs an NVIDIA GPU of compute capability 8.0 or above and JAX with CUDA "
@@ -63,6 +70,9 @@ def main() -> None:
     if options.cpu_size:
         parts.append(against_cpu(options.cpu_size))
     publish("GPU: solves", "\n\n".join(filter(None, parts)))
+    if options.multislice:
+        work = multislice_table(options.multislice, bandwidth), epoch_table(options.multislice)
+        publish("GPU: multislice", "\n\n".join([f"{name}; copies at {bandwidth:.2f} TB/s.", *work]))
 
 
 def note(text: str) -> None:
@@ -337,6 +347,41 @@ def against_cpu(size: int) -> str:
     return (f"{size}^3, {ITERATIONS} iterations: NRMSE {errors[0]:.4f} on the GPU, {errors[1]:.4f} on the CPU of the "
             f"same machine ({lasted:.0f} s with compilation); the volumes differ by {apart:.1e} of their norm, "
             f"{largest(ours, reference):.1e} of the largest value at most.")
+
+
+def multislice_table(size: int, bandwidth: float) -> str:
+    """Microseconds per probe and slice, of slices as thick as a voxel."""
+    lines = ["| size | slices | probes at once | | µs per probe and slice | share of copy bandwidth |",
+             "|---|---|---|---|---|---|"]
+    platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
+    one, kept = mset.ONE_SLICE[platform], mset.ALL_SLICES[platform] // size
+    for kind, most, form in (("forward", one, None), ("rebuilt", one, error_and_gradient),
+                             ("kept", kept, kept_gradient)):
+        note(f"multislice at {size}^2, {kind}")
+        work = Work(size, size, most // (8 * size**2), most)
+        us = 1e3 * milliseconds(work.forward if form is None else work.backward(form)) / work.passed
+        share = 8 * size**2 * PASSES[kind] / us / 1e6 / bandwidth
+        lines.append(f"| {size} | {size} | {work.positions.shape[1]} | {NAMES[kind]} | {us:.3f} | {share:.2f} |")
+    return "\n".join(lines)
+
+
+def epoch_table(size: int) -> str:
+    """Seconds of a pass over all tilts and probes of the paper's series, from whole iterations of a part of it."""
+    lines = [f"{size}^3, {TILTS} tilts, {SCANNED} probes, from {PART[0]} tilts and {PART[1]} probes, all in one group:",
+             "", "| slices [Å] | s per iteration of the part | s per epoch |", "|---|---|---|"]
+    made = beam(size, PIXEL, OPTICS, PIXEL)
+    vacuum = np.fft.fftshift(np.abs(np.asarray(made.spectrum)) ** 2)
+    places = np.random.default_rng(0).uniform(-size * PIXEL / 4, size * PIXEL / 4, (PART[1], 2))
+    series = DiffractionSeries(np.broadcast_to(vacuum, (*PART, size, size)).copy(), np.linspace(-60, 60, PART[0]),
+                               places, PIXEL, OPTICS)
+    for layers in (1, 4):
+        note(f"multislice tomography at {size}^3, {layers} layers in a slice")
+        chosen = mset.Settings(group=0, binning=layers, iterations=FEW)
+        few, more = (median_seconds(lambda n=n, chosen=chosen: mset.reconstruct(series, replace(chosen, iterations=n)))
+                     for n in (FEW, 3 * FEW))
+        each = (more - few) / (2 * FEW)
+        lines.append(f"| {10 * layers * PIXEL:.1f} | {each:.3f} | {each * TILTS * SCANNED / np.prod(PART):.1f} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
