@@ -41,12 +41,23 @@ def compared(data: Scanned, found: Traced) -> Comparison:
     return compare(found.atoms(*symbols(data)), specimen(data))
 
 
-def scores(found: Comparison) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Numbers of the whole, errors in pm and percent, and of each element: how many of its atoms were found."""
+def scores(data: Scanned, found: Comparison) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Numbers of the whole, errors in pm and percent, and of each element: how many atoms were found, and there are."""
     whole = {"rmsd": found.rmsd, "tracing_error": 100 * found.tracing_error,
              "classification": 100 * found.classification}
     return ({name: value for name, value in whole.items() if np.isfinite(value)},
-            {"found": {symbol: float(count) for symbol, count in found.found.items()}})
+            {"found": {symbol: float(count) for symbol, count in found.found.items()},
+             "true": {symbol: float(count) for symbol, count in true_counts(data).items()}})
+
+
+def true_counts(data: Scanned) -> dict[str, int]:
+    """How many atoms of each element the particle has."""
+    return {str(symbol): int(count) for symbol, count in zip(*np.unique(specimen(data).symbols, return_counts=True))}
+
+
+def named(data: Scanned, found: Mapping[str, float]) -> str:
+    """How many atoms of each element were found and named rightly: "44 of 44 Ba, 40 of 41 O"."""
+    return ", ".join(f"{found.get(symbol, 0):g} of {count} {symbol}" for symbol, count in true_counts(data).items())
 
 
 def table(found: Traced) -> np.ndarray:
@@ -75,13 +86,11 @@ def text(run: Run) -> str:
         metrics, found = best.get("metrics", {}), best.get("elements", {}).get("found", {})
         if "rmsd" not in metrics or not isinstance(cell.sweep.data, Scanned):
             continue
-        true = specimen(cell.sweep.data).symbols
-        atoms = ", ".join(f"{count:g} of {(true == symbol).sum()} {symbol}" for symbol, count in found.items())
         told = {"defocus": "{:.2f} nm defocus", "moved": "positions moved by {:.1f} pm (rms)"}
         refined = [words.format(metrics[name]) for name, words in told.items() if name in metrics]
         lines.append(f"{cell.id}: RMSD {metrics['rmsd']:.2f} pm, tracing error {metrics['tracing_error']:.1f} %, "
-                     f"classification {metrics['classification']:.1f} %; named rightly: {atoms}"
-                     + (f"; refined: {', '.join(refined)}" if refined else ""))
+                     f"classification {metrics['classification']:.1f} %; found and named rightly: "
+                     f"{named(cell.sweep.data, found)}" + (f"; refined: {', '.join(refined)}" if refined else ""))
     return "\n".join(["Atoms", *lines]) if lines else ""
 
 

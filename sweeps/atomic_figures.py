@@ -17,11 +17,15 @@ SLABS = 4  # along z, which show the atoms in the inner three quarters of the vo
 MARKS = {  # what a kind of atom is drawn as: marker, colour
     "right": ("o", "#56B4E9"), "wrong element": ("s", "#E69F00"), "false": ("x", "#D55E00"),
     "missing": ("+", "#FFFFFF"), "light": ("o", "#56B4E9"), "heavy": ("s", "#E69F00")}
+DARK = ("resire", "genfire")  # methods of linear dark-field tomography
 CLASSES = (("non-atoms", "0.6"), ("light", "#56B4E9"), ("heavy", "#E69F00"))
 
 
 def slabs(groups: Mapping[str, tuple[Sweep, Any]]) -> Figure:
-    """A row per result: mean potentials of slabs along z, with the atoms that lie in each. groups: by title."""
+    """A row per result: means of slabs along z, each row in its own grey, with the atoms that lie in each slab.
+
+    groups: by title.
+    """
     figure = Figure(figsize=(2.5 * SLABS + 0.4, 2.6 * len(groups) + 0.7), layout="constrained")
     axes = figure.subplots(len(groups), SLABS, squeeze=False)
     handles: dict[str, Any] = {}
@@ -58,7 +62,7 @@ def _marked(ax: Axes, kinds: Mapping[str, np.ndarray], heights: tuple[float, flo
     return handles
 
 
-def intensities(tables: Mapping[str, np.ndarray]) -> Figure:
+def intensities(tables: Mapping[str, tuple[Sweep, np.ndarray]]) -> Figure:
     """Histograms of the traced peaks' intensities and their three classes. tables: of atoms, by title."""
     across = min(len(tables), 3)
     down = -(-len(tables) // across)
@@ -66,21 +70,29 @@ def intensities(tables: Mapping[str, np.ndarray]) -> Figure:
     axes = figure.subplots(down, across, squeeze=False)
     for ax in axes.flat[len(tables):]:
         ax.set_axis_off()
-    for ax, (words, rows) in zip(axes.flat, tables.items(), strict=False):
+    for ax, (words, (sweep, rows)) in zip(axes.flat, tables.items(), strict=False):
         traced = atomic.from_table(rows)
         edges = np.linspace(0, traced.intensities.max() * 1.02, 50)
         for number, (name, colour) in enumerate(CLASSES):
             inside = traced.intensities[traced.classes == number]
             ax.hist(inside, edges, color=colour, label=f"{name}, {len(inside)}")
         ax.set_title(words, fontsize=8)
-        ax.set_xlabel("intensity [V]", fontsize=8)
+        ax.set_xlabel("intensity of the dark field" if dark(sweep) else "intensity [V]", fontsize=8)
         ax.tick_params(labelsize=7)
         ax.legend(fontsize=7, frameon=False)
     axes[0, 0].set_ylabel("peaks", fontsize=8)
     return figure
 
 
+def dark(sweep: Sweep) -> bool:
+    """Whether a volume is of the dark field, not a potential."""
+    return sweep.solver.method in DARK
+
+
 def chosen(cells: Sequence[Any], limit: int = 4) -> list[Any]:
-    """The worst and the best of cells in order, and some between."""
+    """Of cells in order, from the worst: the best of each method; of a single one the worst, the best, some between."""
+    best = {cell.sweep.solver.method: cell for cell in cells}
+    if len(best) > 1:
+        return [cell for cell in cells if cell in best.values()]
     picked = np.unique(np.linspace(0, len(cells) - 1, min(limit, len(cells))).round().astype(int))
     return [cells[k] for k in picked]

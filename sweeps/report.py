@@ -17,6 +17,7 @@ from sweeps import atomic, bimodal, grid, settings, stages, tables
 from sweeps.atlas import RunFolder, resolved
 from sweeps.grid import Cell
 from sweeps.journal import RunError
+from sweeps.patterns import Scanned
 from sweeps.settings import Hebt, Measured, Particle, Phantom, Sweep
 from sweeps.tables import METHODS, REPLICATE, Run, shown, title
 
@@ -224,12 +225,22 @@ def _atoms(run: Run) -> Iterator[tuple[str, str, Figure]]:
         return
     picked = atomic_figures.chosen(alike)
     yield from _slices(run, kept, picked, None)
-    yield ("atoms", "Mean potential of slabs, and the atoms that lie in them; the worst cell first, the best last.",
-           atomic_figures.slabs({_caption(run, cell): (cell.sweep, kept[cell.id]) for cell in picked}))
-    traced = {_caption(run, cell): kept[cell.id]["field_atoms"][:] for cell in picked if "field_atoms" in kept[cell.id]}
+    words = ("the best cell of each method" if len({cell.sweep.solver.method for cell in picked}) > 1
+             else "the worst cell first, the best last")
+    yield ("atoms", f"Means of slabs, and the atoms that lie in them; {words}. Right: a true atom, rightly named.",
+           atomic_figures.slabs({_atoms_caption(run, cell): (cell.sweep, kept[cell.id]) for cell in picked}))
+    traced = {_caption(run, cell): (cell.sweep, kept[cell.id]["field_atoms"][:]) for cell in picked
+              if "field_atoms" in kept[cell.id]}
     if traced:
         yield ("intensities", "Intensities of the traced peaks, and the classes that they fall into.",
                atomic_figures.intensities(traced))
+
+
+def _atoms_caption(run: Run, cell: Cell) -> str:
+    """Method and coordinates, and how many atoms were found where they are known."""
+    found = (run.winner(cell) or {}).get("elements", {}).get("found")
+    data = cell.sweep.data
+    return _caption(run, cell) + (f"\n{atomic.named(data, found)}" if found and isinstance(data, Scanned) else "")
 
 
 def _texts(run: Run) -> Iterator[tuple[str, str]]:
@@ -244,7 +255,7 @@ def _texts(run: Run) -> Iterator[tuple[str, str]]:
 def _slices(run: Run, kept: Mapping[str, Any], chosen: list[Cell],
             truth: np.ndarray | None) -> Iterator[tuple[str, str, Figure]]:
     """Central planes: the truth where there is one, conventional, the worst and the best fused result."""
-    from sweeps import figures
+    from sweeps import atomic_figures, figures
 
     best = kept[chosen[-1].id]
     elements = best.attrs["elements"]
@@ -260,8 +271,14 @@ def _slices(run: Run, kept: Mapping[str, Any], chosen: list[Cell],
         else:
             # A bright pixel of noise must not darken everything else.
             tops, top = np.percentile(pictures[-1].images, 99.8, (1, 2)), "the 99.8th percentile of the last"
-        what = "potential [V]" if run.sweep.system == "mset" else "concentration"
-        note = f"{words}.\nColour: {what}, one scale per element, up to {top}."
+        if run.sweep.system == "mset" and any(atomic_figures.dark(cell.sweep) for cell in chosen):
+            # Potentials and dark fields have no unit in common.
+            pictures = [replace(each, images=each.images / np.percentile(each.images, 99.8)) for each in pictures]
+            tops, colour = np.ones(1), "each in its own 99.8th percentile"
+        else:
+            what = "potential [V]" if run.sweep.system == "mset" else "concentration"
+            colour = f"{what}, one scale per element, up to {top}"
+        note = f"{words}.\nColour: {colour}."
         note += " NRMSE: of the whole volume." if run.metric == "nrmse" else ""
         voxel = float(np.min(best.attrs["voxel_nm"]))
         yield (

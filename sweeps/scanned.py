@@ -137,7 +137,7 @@ def _score(sweep: Sweep, volume: np.ndarray, voxel: float,
         traced = atomic.traced(solver, volume, voxel)
         fields["atoms"] = atomic.table(traced)
         if isinstance(sweep.data, Scanned):
-            whole, each = atomic.scores(atomic.compared(sweep.data, traced))
+            whole, each = atomic.scores(sweep.data, atomic.compared(sweep.data, traced))
             found["metrics"] |= whole
             found["elements"] |= each
     except DataError as error:
