@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -35,13 +36,14 @@ class Case:
     size: int
     tilts: int
     probes: int
-    doses: tuple[float | None, ...]
-    solves: dict[str, dict[str, float]]
+    doses: tuple[float | None, ...] = ()
+    solves: dict[str, dict[str, float]] = field(default_factory=dict)
     more: tuple[tuple[str, float, int], ...] = ()
+    seed: int = 0  # of the particle's shape
 
-    @property
+    @cached_property
     def atoms(self) -> Atoms:
-        return nanoparticle(self.model, self.radius)
+        return nanoparticle(self.model, self.radius, seed=self.seed)
 
     @property
     def angles(self) -> np.ndarray:
@@ -71,12 +73,13 @@ class Case:
 
 SOLVES: dict[str, dict[str, float]] = {
     "MSET": {}, "MSET, slices of 1.6 Å": {"binning": 4}, "MSET, slices of 1.6 Å, TV": {"binning": 4, "lambda_tv": TV},
-    "SSET": {"binning": 0}, "SSET, TV": {"binning": 0, "lambda_tv": TV}}
+    "MSET, slices of 1.6 Å, TV, finer 2": {"binning": 4, "lambda_tv": TV, "finer": 2},
+    "SSET": {"binning": 0}, "SSET, TV": {"binning": 0, "lambda_tv": TV},
+    "SSET, TV, finer 2": {"binning": 0, "lambda_tv": TV, "finer": 2}}
 THICK = {name: settings for name, settings in SOLVES.items() if settings}
 CASES = (Case("cuau", 0.65, 48, 12, 8, (None, 2e6, 2e5, 2e4), SOLVES,
               (("MSET, zero defocus", 0.0, 8), ("MSET, zero defocus, steps of 6.4 Å", 0.0, 3))),
-         Case("bao", 0.75, 48, 12, 8, (2e6, 2e5), THICK),
-         Case("cuau", 0.9, 64, 20, 16, (None, 2e5), THICK))
+         Case("bao", 0.75, 48, 12, 8, (2e6, 2e5), THICK))
 
 
 def patterns(series: DiffractionSeries, settings: dict[str, float]) -> Callable[[], np.ndarray]:
