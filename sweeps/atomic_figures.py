@@ -11,13 +11,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from sweeps import atomic, figures
+from sweeps.rules import LINEAR
 from sweeps.settings import Sweep
 
 SLABS = 4  # along z, which show the atoms in the inner three quarters of the volume
 MARKS = {  # what a kind of atom is drawn as: marker, colour
     "right": ("o", "#56B4E9"), "wrong element": ("s", "#E69F00"), "false": ("x", "#D55E00"),
     "missing": ("+", "#FFFFFF"), "light": ("o", "#56B4E9"), "heavy": ("s", "#E69F00")}
-DARK = ("resire", "genfire")  # methods of linear dark-field tomography
 CLASSES = (("non-atoms", "0.6"), ("light", "#56B4E9"), ("heavy", "#E69F00"))
 
 
@@ -86,7 +86,7 @@ def intensities(tables: Mapping[str, tuple[Sweep, np.ndarray]]) -> Figure:
 
 def dark(sweep: Sweep) -> bool:
     """Whether a volume is of the dark field, not a potential."""
-    return sweep.solver.method in DARK
+    return sweep.solver.method in LINEAR
 
 
 def chosen(cells: Sequence[Any], limit: int = 4) -> list[Any]:

@@ -130,7 +130,8 @@ def _cell(name: str, index: tuple[int, ...], coordinates: dict[str, Any], sweep:
         if not sweep.solver.record:
             changes["solver.record"] = list(range(1, sweep.solver.iterations + 1))
     elif method in LINEAR:
-        unused = set(tunables(sweep)) - {"solver.threshold"}
+        felt = {"solver.threshold"} | ({"solver.lambda_tv"} if method == "resire" else set())
+        unused = set(tunables(sweep)) - felt
     elif method == "sset":
         unused = {"solver.binning"} & set(tunables(sweep))
     elif conventional(sweep) or method not in HAADF_METHODS:

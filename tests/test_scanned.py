@@ -1,6 +1,7 @@
 """system: mset from its YAML to rows, tables, figures and lists of atoms; measured series; what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -10,7 +11,7 @@ import zarr
 from engine import atoms, diffraction, mset, scans
 from engine.data import DataError
 from launch import plan
-from sweeps import atomic, grid, report, scanned, settings, tables, trial
+from sweeps import atomic, atomic_figures, grid, report, scanned, settings, tables, trial
 from sweeps.settings import SettingsError
 from tests.specimens import distance
 from tests.test_bimodal import made, solved, volumes
@@ -71,6 +72,8 @@ def test_a_trial_is_the_engines_solve_and_its_atoms(tmp_path):
     assert row["metrics"]["rmsd"] == row["objective"] == pytest.approx(result.rmsd, rel=1e-4)
     assert row["metrics"]["classification"] == pytest.approx(100 * result.classification)
     assert row["elements"]["found"] == {name: count for name, count in result.found.items()}
+    symbols = atomic.specimen(sweep().data).symbols.tolist()
+    assert row["elements"]["true"] == {name: symbols.count(name) for name in ("Au", "Cu")}
     assert np.allclose(kept["field_atoms"], atomic.table(found), rtol=1e-4)
     assert [stop["iterations"] for stop in row["checkpoints"]] == [2, 6]
     assert row["checkpoints"][1]["metrics"]["rmsd"] == pytest.approx(row["objective"], rel=1e-4)
@@ -120,6 +123,8 @@ def test_linear_tomography_has_a_dark_field_scan_of_its_own(method, tmp_path):
                   search__objective="tracing_error")
     cell, = grid.cells(settings.replace(given, {"solver.step": {"low": 0.1, "high": 1.0}}))
     assert not cell.space  # it has no such step
+    cell, = grid.cells(settings.replace(given, {"solver.lambda_tv": {"low": 1e-3, "high": 0.1}}))
+    assert list(cell.space) == (["solver.lambda_tv"] if method == "resire" else [])
     assert scanned.dark_field(given, tmp_path).projections.shape == (1, 6, 16, 16)
     asked = {"trial": 0, "attempt": 0, "kind": "search", "params": {}, "settings": settings.dump(given)}
     row, = trial.run({"cell": "all", "folder": str(tmp_path), "trials": [asked]})
@@ -218,6 +223,15 @@ def test_figures_and_lists_of_atoms_are_written(folder):
     wrong = len(kinds["false"]) + len(kinds["missing"])
     assert run.winner(cell)["metrics"]["tracing_error"] == pytest.approx(100 * wrong / true)
     assert json.loads((folder / "summary.json").read_text())["best_cell"]
+
+
+def test_of_several_methods_the_best_of_each_is_drawn():
+    def cell(method, number):
+        return SimpleNamespace(sweep=SimpleNamespace(solver=SimpleNamespace(method=method)), number=number)
+
+    both = [cell("mset", 0), cell("resire", 1), cell("mset", 2), cell("resire", 3), cell("mset", 4)]
+    assert [each.number for each in atomic_figures.chosen(both)] == [3, 4]
+    assert [each.number for each in atomic_figures.chosen(both[::2])] == [0, 2, 4]
 
 
 def test_a_tables_atoms_come_back():
