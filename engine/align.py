@@ -52,6 +52,14 @@ class Alignment:
         """Images as they are."""
         return cls(np.zeros((tilts, 2)), *(np.zeros(tilts) for _ in range(3)))
 
+    def less(self, other: Alignment) -> Alignment:
+        """Number by number."""
+        return _alignment(_numbers(self) - _numbers(other))
+
+    def plus(self, other: Alignment) -> Alignment:
+        """Number by number."""
+        return _alignment(_numbers(self) + _numbers(other))
+
     def turns(self, angles: np.ndarray) -> np.ndarray:
         """(tilt, 3) Euler angles [deg] of the specimen, where `angles` (tilt,) are the stage's."""
         found = [matrix([turn, 0, 0]) @ matrix([0, across, 0]) @ matrix([0, 0, angle + more])
@@ -122,16 +130,18 @@ def applied(images: np.ndarray, alignment: Alignment) -> tuple[np.ndarray, np.nd
 
 
 def reconstructed(images: np.ndarray, angles: np.ndarray, alignment: Alignment, *, rounds: int = 20, steps: int = 5,
-                  blur: float = 0.0, start: np.ndarray | None = None,
+                  blur: float = 0.0, start: np.ndarray | None = None, window: np.ndarray | None = None,
                   observe: Callable[[int, np.ndarray], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The volume (z, y, x) of images (tilt, y, x) as they are aligned, and what they miss (tilt,), as in `Joint`.
 
     Accelerated non-negative SIRT in rounds of so many steps. blur: [voxel] of the Gaussian that the volume is made of.
-    start: a volume of any size to begin with. observe(round, volume) is called after each round.
+    start: a volume of any size to begin with. window: (tilt, y, x) that aligned images are multiplied by, as with a
+    mask's shadow. observe(round, volume) is called after each round.
     """
     undone, seen = applied(images, alignment)
+    undone = undone if window is None else undone * window
     numbers, shape = _numbers(alignment), (images.shape[1], *images.shape[1:])
-    volume, residual = _resized(start, shape), np.zeros(len(images))
+    volume, residual = resized(start, shape), np.zeros(len(images))
     turned = np.radians(angles) + numbers[:, 3]
     for turn in range(rounds):
         volume, _, _, residual = _advanced(volume, undone, seen, turned, numbers[:, 4], steps, blur)
@@ -140,11 +150,13 @@ def reconstructed(images: np.ndarray, angles: np.ndarray, alignment: Alignment, 
     return np.asarray(_blurred(jnp.asarray(volume), blur)), np.asarray(residual)
 
 
-def _resized(volume: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-    """A volume on other voxels of the same field; zeros where there is none."""
+def resized(volume: np.ndarray | None, shape: tuple[int, ...], sums: bool = True) -> np.ndarray:
+    """A volume on other voxels of the same field; zeros where there is none. sums: of those along an axis, and so the
+    projections, stay what they were; else the values do."""
     if volume is None:
         return np.zeros(shape, np.float32)
-    return ndimage.zoom(volume, np.array(shape) / volume.shape, order=1, grid_mode=True, mode="nearest")
+    zoomed = ndimage.zoom(volume, np.array(shape) / volume.shape, order=1, grid_mode=True, mode="nearest")
+    return zoomed * np.float32(volume.shape[0] / shape[0]) if sums else zoomed
 
 
 def ungauged(alignment: Alignment, angles: np.ndarray) -> tuple[Alignment, np.ndarray]:
@@ -218,7 +230,7 @@ def _at_level(images: np.ndarray, angles: np.ndarray, level: Level, settings: Se
     filtered = np.stack([ndimage.spline_filter(image, output=np.float32) for image in small])
     scale = np.array([level.bins, level.bins, 1, 1, 1])
     numbers, shape = numbers / scale, (small.shape[1], *small.shape[1:])
-    volume = _resized(volume, shape)
+    volume = resized(volume, shape)
     columns = [c for name in FREE if name in level.free for c in FREE[name]]
     common = _shown(angles, columns)
     before: Any = None

@@ -305,7 +305,7 @@ def numbers(text: str, option: str, count: int | None = None) -> list[float]:
 @sentences
 def init(
     system: Annotated[
-        str, typer.Argument(metavar="SYSTEM", help="What reconstructs: fused3d, fused2d, hebt, mset.")
+        str, typer.Argument(metavar="SYSTEM", help="What reconstructs: fused3d, fused2d, hebt, mset, mspt.")
     ] = "fused3d",
     measured: Annotated[
         bool, typer.Option("--measured", help="For tilt series in files, instead of a phantom.")

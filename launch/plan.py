@@ -19,7 +19,7 @@ from launch import devices, resources
 from sweeps import grid, needs
 from sweeps.fields import ends
 from sweeps.grid import Cell
-from sweeps.patterns import Mset, Recorded, Scanned
+from sweeps.patterns import OF_PATTERNS, Mset, Recorded, Scanned
 from sweeps.rules import elements
 from sweeps.settings import Sweep, get, tunables
 from sweeps.sources import Measured
@@ -116,7 +116,7 @@ def plan(sweep: Sweep) -> Plan:
 TABLES = 60  # arrays of atlas.zarr besides those of axes, tunables and folds, of which there are up to two and two more
 FRACTIONS = 28  # of them, that weight fractions add
 # Arrays beside each volume: of a number for each voxel and element, and others; of a system, and of weight fractions.
-FIELDS = {"fused3d": (0, 0), "fused2d": (3, 1), "hebt": (0, 1), "mset": (0, 1), "fractions": (2, 1)}
+FIELDS = {"fused3d": (0, 0), "fused2d": (3, 1), "hebt": (0, 1), "mset": (0, 1), "mspt": (1, 6), "fractions": (2, 1)}
 HISTORIES = 4  # of a solve's cost, in every volume
 FIXED = 20  # journal, summary, settings, the report and its figures; of mset a list of atoms for each cell
 
@@ -150,7 +150,7 @@ def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
         "tables": 2 * (TABLES + (FRACTIONS if sweep.output.fractions else 0) + 2 * (varied + folds)),
         "prepared data": 0 if isinstance(sweep.data, Measured) else len(costs) + len(sizes) + made,
         "best settings": len(costs),
-        "others": FIXED + (len(costs) if sweep.system == "mset" and kept else 0),
+        "others": FIXED + (len(costs) if sweep.system in OF_PATTERNS and kept else 0),
     }
 
 
@@ -161,7 +161,7 @@ def _cost(cell: Cell, extent: Extent) -> Cost:
     """
     sweep = cell.sweep
     gpu_rows, core_rows = (_measured_solves(kind) for kind in ("gpu", "core"))
-    several = sweep.search.objective == "heldout" and sweep.system != "mset"
+    several = sweep.search.objective == "heldout" and sweep.system not in OF_PATTERNS
     each = sweep.search.folds + 1 if several else 1
     planned = [(fixed, 1.0) for fixed in cell.fixed] + ([({}, grid.effort(cell))] if cell.space else [])
     memory: dict[str, int] = {}
@@ -402,7 +402,7 @@ def text(plan: Plan, available: int, where: str, folder: Path) -> str:
 
 
 def _source(kind: str, otherwise: str, sweep: Sweep) -> str:
-    if sweep.system == "mset":
+    if sweep.system in OF_PATTERNS:
         return "(on one H200, estimated)" if kind == "gpu" else "(estimated from a solve of 48^3)"
     return f"({'scaled from the solves measured in docs/BENCHMARKS.md' if _measured_solves(kind) else otherwise})"
 

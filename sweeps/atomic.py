@@ -7,20 +7,28 @@ from typing import Any
 
 import numpy as np
 
-from engine.atoms import Atoms, nanoparticle
+from engine.atoms import Atoms, nanoparticle, potential
 from engine.data import DataError
 from engine.tracing import HEAVY, LIGHT, NON_ATOM, Comparison, Traced, compare, trace, traced_xyz
-from sweeps.patterns import Mset, Recorded, Scanned
+from sweeps.patterns import Mset, Mspt, Recorded, Scanned
 from sweeps.settings import Sweep
 from sweeps.tables import Run
 
 SYMBOLS = {"cuau": ("Cu", "Au"), "bao": ("O", "Ba")}  # light, heavy
+THERMAL = 0.0085  # [nm] along each axis, of the atoms' mean blur, as it is simulated
 COLUMNS = ("z", "y", "x", "intensity", "class")  # of the atoms beside a volume; lengths in nm
 
 
 def specimen(data: Scanned) -> Atoms:
     """The particle that is scanned."""
     return nanoparticle(data.phantom, data.radius, disorder=data.disorder, seed=data.particle)
+
+
+def truth(data: Scanned, shape: tuple[int, ...], voxel: float) -> np.ndarray:
+    """The particle's mean potential (z, y, x) [V] in the voxels [nm] of a volume, whose y and x are of one length."""
+    whole = potential(specimen(data), max(shape), voxel, THERMAL)
+    first = [(max(shape) - side) // 2 for side in shape]
+    return whole[tuple(slice(start, start + side) for start, side in zip(first, shape))]
 
 
 def symbols(data: Scanned | Recorded) -> tuple[str, str]:
@@ -30,7 +38,7 @@ def symbols(data: Scanned | Recorded) -> tuple[str, str]:
     return data.light or "X", data.heavy or "Y"
 
 
-def traced(given: Mset, volume: np.ndarray, voxel: float) -> Traced:
+def traced(given: Mset | Mspt, volume: np.ndarray, voxel: float) -> Traced:
     """Atoms in a potential (z, y, x); DataError where hardly any stand out. voxel: [nm]."""
     assert isinstance(given.threshold, float)
     return trace(volume, voxel, threshold=given.threshold, masked=given.inside)
@@ -86,7 +94,8 @@ def text(run: Run) -> str:
         metrics, found = best.get("metrics", {}), best.get("elements", {}).get("found", {})
         if "rmsd" not in metrics or not isinstance(cell.sweep.data, Scanned):
             continue
-        told = {"defocus": "{:.2f} nm defocus", "moved": "positions moved by {:.1f} pm (rms)"}
+        told = {"defocus": "{:.2f} nm defocus", "moved": "positions moved by {:.1f} pm (rms)",
+                "shift_error": "shifts to {:.3f} pixel (rms)", "inplane_error": "turns in plane to {:.3f} degrees"}
         refined = [words.format(metrics[name]) for name, words in told.items() if name in metrics]
         lines.append(f"{cell.id}: RMSD {metrics['rmsd']:.2f} pm, tracing error {metrics['tracing_error']:.1f} %, "
                      f"classification {metrics['classification']:.1f} %; found and named rightly: "

@@ -17,7 +17,7 @@ from sweeps.yamlio import flow
 # What the chemical maps alone do not feel; ML and SIRT feel no weight at all.
 HAADF_SETTINGS = ("solver.gamma", "solver.lambda_model", "solver.alpha", "solver.differences")
 MAPS_ONLY = ("ml", "sirt")
-CONVENTIONAL_METHODS = (*MAPS_ONLY, "chem_tv", "eds", "sset", *LINEAR)  # that see no HAADF, or one slice
+CONVENTIONAL_METHODS = (*MAPS_ONLY, "chem_tv", "eds", "sset", "sspt", *LINEAR)  # that see no HAADF, or one slice
 STOPPED = (*MAPS_ONLY, "eds", "hebt")  # noise grows with the iterations: as good as the best of those recorded
 # F3's conventional tomography is Poisson ML at 100 iterations; recording each gives its best iteration too.
 CONVENTIONAL: dict[str, Any] = {

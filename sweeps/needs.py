@@ -10,7 +10,7 @@ from engine import estimate
 from engine.data import DataError
 from sweeps.fields import ends
 from sweeps.grid import CONVENTIONAL_METHODS, MAPS_ONLY
-from sweeps.patterns import Mset
+from sweeps.patterns import Mset, Mspt
 from sweeps.rules import LINEAR
 from sweeps.schema import Fused3D
 from sweeps.settings import Sweep
@@ -31,6 +31,10 @@ def solve(sweep: Sweep, *, elements: int, shape: tuple[int, int, int], haadf_til
         return estimate.multislice(size=shape[2], tilts=chem_tilts, probes=0 if method in LINEAR else probes,
                                    slices=slices, iterations=iterations, finer=solver.finer, devices=solver.devices,
                                    held=2 if streamed else None, moving="positions" in solver.refine)
+    if isinstance(solver, Mspt):
+        return estimate.multislice(size=shape[2], tilts=chem_tilts, probes=probes, iterations=iterations, held=2,
+                                   slices=1 if method == "sspt" else max(ends(solver.slices)),
+                                   moving="positions" in solver.refine)
     if isinstance(solver, Fused3D):
         inner = 0 if method in MAPS_ONLY else max(ends(solver.inner))
         coarse, bits, momentum = solver.coarse, solver.dual_bits, False

@@ -1,8 +1,8 @@
-"""The models of 4D-STEM in a sweep's YAML: scanned particles of atoms, series in files, and the solver MSET."""
+"""The models of 4D-STEM in a sweep's YAML: scanned particles of atoms, series in files, the solvers MSET and MSPT."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -31,6 +31,7 @@ from sweeps.fields import (
 )
 from sweeps.sources import Crop
 
+OF_PATTERNS = ("mset", "mspt")  # systems that take 4D-STEM
 Axis = Literal["scan", "scan_y", "scan_x", "qy", "qx"]
 Positive = Annotated[float, Field(gt=0)]
 Found = Annotated[Annotated[Positive, NUMBER] | Annotated[None, NOTHING], BY_SHAPE, unless("auto")]
@@ -60,6 +61,11 @@ class Scanned(Model):
     defocus_error: float = setting(0.0, "nm", "by which the defocus that the solver is told differs from the true one")
     position_error: float = setting(
         0.0, "nm", "root mean square distance of the probes from where the solver is told they are", ge=0)
+    shift_error: float = setting(0.0, "nm", "largest distance along y and x of the specimen from the middle of a scan",
+                                 ge=0)
+    inplane_error: float = setting(0.0, "degrees", "largest turn of a tilt about the beam that nobody is told of", ge=0)
+    tilt_error: float = setting(0.0, "degrees", "largest such turn about the tilt axis", ge=0)
+    azimuth_error: float = setting(0.0, "degrees", "largest such turn about the axis across the two", ge=0)
     phonons: int = setting(0, "-", "configurations of shaken atoms that are averaged; 0: their mean blur", ge=0)
     replicate: int = setting(0, "-", "number of the noise realisation", ge=0)
 
@@ -159,3 +165,53 @@ class Mset(Model):
     record: Annotated[list[int], AfterValidator(checkpoints)] = setting(
         [], "-", "iterations at which the volume is scored as well, an axis of the atlas")
     devices: int = setting(1, "devices", "GPUs, or parts of a CPU, that share one reconstruction, by probes", ge=1)
+
+
+class Level(Model):
+    """A stage of an alignment, coarse to fine."""
+
+    flow: ClassVar[bool] = True
+    bins: int = setting(..., "pixels", "of an image along an edge that become one", ge=1)
+    rounds: int = setting(..., "-", "of a few steps of the volume and one of the alignment", ge=1)
+    free: list[Literal["shift", "inplane", "tilt", "azimuth"]] = setting(
+        ["shift"], "-", "what is found of each image: its shift, its turns about the beam, the tilt axis, and across")
+
+
+class Mspt(Model):
+    """Multislice ptychographic tomography: a phase image of each tilt, then alignment and tomography together."""
+
+    method: Literal["mspt", "sspt"] = setting("mspt", "-", "mspt; sspt: ptychography in a single slice")
+    iterations: int = setting(20, "-", "ptychography: passes over a tilt's patterns", ge=1)
+    slices: WholeTunable = setting(5, "slices", "ptychography: of a tilt, of one thickness")
+    depth: Found = setting(None, "nm", "that the slices fill; auto: as much as the patterns' field is wide",
+                           examples=["auto"])
+    group: int = setting(16, "probes", "that take a step together; 0: all", ge=0)
+    step: Weight = setting(1.0, "1/curvature", "length of a step")
+    momentum: Share = setting(0.5, "-", "share of an iteration's change that is added before the next")
+    loss: Literal["amplitude", "poisson"] = setting("amplitude", "-", "what is minimised; poisson: for few counts")
+    absorption: bool = setting(False, "-", "whether slices absorb as well")
+    modes: int = setting(1, "-", "incoherent modes of the probe", ge=1)
+    coupling: NotNegative = setting(0.0, "-", "by which neighbouring slices are smoothed toward each other")
+    refine: list[Literal["probe", "positions"]] = setting(
+        ["probe"], "-", "what is corrected at each tilt: the probe; the scan positions", examples=["[]"])
+    refine_after: int = setting(2, "-", "iterations before anything is refined", ge=0)
+    levels: Annotated[list[Level], Field(min_length=1)] = setting(
+        [Level(bins=4, rounds=20), Level(bins=2, rounds=30, free=["shift", "inplane"]),
+         Level(bins=1, rounds=20, free=["shift", "inplane"])], "-", "of the alignment, coarse to fine")
+    steps: int = setting(6, "-", "alignment: of the volume in a round", ge=1)
+    clip: Share = setting(0.0, "-", "alignment: share of an image's maximum below which it is 0; the paper's is 0.4")
+    mask: NotNegative = setting(0.5, "-", "share of Otsu's threshold above which lies the specimen; 0: no mask")
+    rounds: int = setting(20, "-", "of five steps each of the last reconstruction", ge=1)
+    blur: NotNegative = setting(0.0, "voxels", "of the Gaussian that the volume is made of; the paper's is 0.5")
+    threshold: Tunable = setting(0.08, "-", "peaks above this share of the 99.95th percentile are atoms")
+    inside: bool = setting(True, "-", "whether atoms are sought inside the particle alone, told by Otsu's threshold")
+
+    @property
+    def record(self) -> list[int]:
+        """No checkpoints: a volume is there at the end alone."""
+        return []
+
+    @property
+    def devices(self) -> int:
+        """Tilts, not devices, share the work."""
+        return 1

@@ -17,7 +17,7 @@ from sweeps import atomic, bimodal, grid, settings, stages, tables
 from sweeps.atlas import RunFolder, resolved
 from sweeps.grid import Cell
 from sweeps.journal import RunError
-from sweeps.patterns import Scanned
+from sweeps.patterns import OF_PATTERNS, Scanned
 from sweeps.settings import Hebt, Measured, Particle, Phantom, Sweep
 from sweeps.tables import METHODS, REPLICATE, Run, shown, title
 
@@ -82,7 +82,7 @@ def table(folder: Path) -> str:
 
 
 def _text(run: Run) -> str:
-    own = {"hebt": bimodal.text, "mset": atomic.text}.get(run.sweep.system)
+    own = {"hebt": bimodal.text, "mset": atomic.text, "mspt": atomic.text}.get(run.sweep.system)
     return "\n\n".join(part for part in (tables.table(run), own(run) if own else "") if part)
 
 
@@ -113,7 +113,7 @@ def _figures(run: Run) -> Iterator[tuple[str, str, Figure]]:
             "Weighted terms of the cost of each cell's winner; smooth decay is a sign of a reliable result.",
             figures.convergence({_words(cell): _history(run, cell) for cell in cells}, _across(run)),
         )
-    yield from {"fused2d": _flat, "mset": _atoms}.get(run.sweep.system, _solid)(run)
+    yield from {"fused2d": _flat, "mset": _atoms, "mspt": _atoms}.get(run.sweep.system, _solid)(run)
 
 
 def _pages(stem: str, cells: list[Cell]) -> Iterator[tuple[str, list[Cell]]]:
@@ -245,7 +245,7 @@ def _atoms_caption(run: Run, cell: Cell) -> str:
 
 def _texts(run: Run) -> Iterator[tuple[str, str]]:
     """(file name, text): of an mset run the atoms of each cell's winner, as extended XYZ."""
-    for cell in run.cells if run.sweep.system == "mset" else []:
+    for cell in run.cells if run.sweep.system in OF_PATTERNS else []:
         group = _group(run, cell)
         if group is not None and "field_atoms" in group:
             width = group["volume"].shape[3] * float(np.min(group.attrs["voxel_nm"]))
@@ -276,7 +276,7 @@ def _slices(run: Run, kept: Mapping[str, Any], chosen: list[Cell],
             pictures = [replace(each, images=each.images / np.percentile(each.images, 99.8)) for each in pictures]
             tops, colour = np.ones(1), "each in its own 99.8th percentile"
         else:
-            what = "potential [V]" if run.sweep.system == "mset" else "concentration"
+            what = "potential [V]" if run.sweep.system in OF_PATTERNS else "concentration"
             colour = f"{what}, one scale per element, up to {top}"
         note = f"{words}.\nColour: {colour}."
         note += " NRMSE: of the whole volume." if run.metric == "nrmse" else ""

@@ -9,7 +9,7 @@ from engine.phantoms import ELEMENTS
 from engine.physics import SYMBOLS
 from sweeps.defaults import FLAT
 from sweeps.fields import Range, ends
-from sweeps.patterns import Files, Mset, Recorded, Scanned
+from sweeps.patterns import Files, Mset, Mspt, Recorded, Scanned
 from sweeps.schema import Fractions, Fused3D, Hebt, Output, Particle, Phantom, Shares, Sweep
 from sweeps.sources import ChemSource, Element, Measured, Source
 from sweeps.yamlio import Keys, flow
@@ -40,7 +40,7 @@ def tunables(sweep: Sweep) -> dict[str, Range]:
 def conflicts(sweep: Sweep) -> Iterator[Problem]:
     """What does not fit together in a sweep without a grid."""
     data, solver, search = sweep.data, sweep.solver, sweep.search
-    yield from {"fused2d": _flat, "mset": _scanned}.get(sweep.system, _solid)(sweep)
+    yield from {"fused2d": _flat, "mset": _scanned, "mspt": _scanned}.get(sweep.system, _solid)(sweep)
     if isinstance(data, Phantom):
         yield from _phantom(data, sweep)
     elif isinstance(data, Measured):
@@ -78,9 +78,9 @@ def _flat(sweep: Sweep) -> Iterator[Problem]:
     data, solver = sweep.data, sweep.solver
     assert isinstance(solver, Fused3D)
     if sweep.search.objective not in ("nrmse", "heldout"):
-        yield ("search", "objective"), f"{sweep.search.objective} is for mset; write nrmse or heldout"
+        yield ("search", "objective"), f"{sweep.search.objective} is for atoms and patterns; write nrmse or heldout"
     if isinstance(data, Scanned | Recorded):
-        yield ("data",), "fused2d takes an image and maps; 4D-STEM is for system: mset"
+        yield ("data",), "fused2d takes an image and maps; 4D-STEM is for system: mset or mspt"
         return
     if isinstance(data, Phantom) and data.phantom not in FLAT:
         yield ("data", "phantom"), f"{data.phantom} is a volume; fused2d has {', '.join(FLAT)}"
@@ -105,34 +105,43 @@ def _flat(sweep: Sweep) -> Iterator[Problem]:
 
 
 def _scanned(sweep: Sweep) -> Iterator[Problem]:
-    """What mset does not take."""
+    """What mset and mspt do not take."""
     data, solver, objective = sweep.data, sweep.solver, sweep.search.objective
-    assert isinstance(solver, Mset)
+    assert isinstance(solver, Mset | Mspt)
     if not isinstance(data, Scanned | Recorded):
-        yield ("data",), "mset takes 4D-STEM: phantom: cuau or bao, or scan: a series in a file"
+        yield ("data",), f"{sweep.system} takes 4D-STEM: phantom: cuau or bao, or scan: a series in a file"
         return
-    known = ("rmsd", "tracing_error", "amplitude_error", "heldout")
+    atoms = ("rmsd", "tracing_error", *(("nrmse",) if isinstance(solver, Mspt) else ()))
+    known = (*atoms, "heldout", *(("amplitude_error",) if isinstance(solver, Mset) else ()))
     if objective not in known:
-        yield ("search", "objective"), f"mset has {', '.join(known)}, not {objective}"
-    elif isinstance(data, Recorded) and objective in known[:2]:
-        yield ("search", "objective"), f"{objective} needs known atoms; write amplitude_error or heldout"
-    linear = solver.method in LINEAR
-    if linear and objective not in known[:2]:
-        yield ("search", "objective"), f"{solver.method} fits no patterns; write objective: rmsd or tracing_error"
-    if linear and isinstance(data, Recorded):
-        yield ("solver", "method"), f"{solver.method} simulates a dark-field scan of its own; measured data take mset"
+        yield ("search", "objective"), f"{sweep.system} has {', '.join(known)}, not {objective}"
+    elif isinstance(data, Recorded) and objective in atoms:
+        yield ("search", "objective"), f"{objective} needs known atoms; write {' or '.join(known[len(atoms):])}"
+    if isinstance(solver, Mset):
+        yield from _linear(solver, data, objective)
+    elif min(ends(solver.slices)) < 1:
+        yield ("solver", "slices"), "must be 1 or more"
     for name in ("light", "heavy") if isinstance(data, Recorded) else ():
         if getattr(data, name) not in (None, *SYMBOLS):
             yield ("data", name), f"{getattr(data, name)} is no element; give its symbol, as in Au"
     if isinstance(data, Recorded) and isinstance(data.scan, Files):
         yield from _files(data.scan, data.tilts)
+    for name in ("shares", "fractions", "haadf"):
+        if getattr(sweep.output, name) != getattr(Output(), name):
+            yield ("output", name), f"is for maps of elements, which {sweep.system} has not"
+
+
+def _linear(solver: Mset, data: Scanned | Recorded, objective: str) -> Iterator[Problem]:
+    """What a method of mset does not take."""
+    linear = solver.method in LINEAR
+    if linear and objective not in ("rmsd", "tracing_error"):
+        yield ("search", "objective"), f"{solver.method} fits no patterns; write objective: rmsd or tracing_error"
+    if linear and isinstance(data, Recorded):
+        yield ("solver", "method"), f"{solver.method} simulates a dark-field scan of its own; measured data take mset"
     if isinstance(data, Scanned) and solver.method == "mset":
         wrong = [end for end in ends(solver.binning) if data.size % end]
         if wrong:
             yield ("solver", "binning"), f"{data.size} layers of voxels cannot be cut into slices of {wrong[0]}"
-    for name in ("shares", "fractions", "haadf"):
-        if getattr(sweep.output, name) != getattr(Output(), name):
-            yield ("output", name), "is for maps of elements, which mset has not"
 
 
 def _files(given: Files, tilts: list[int] | None) -> Iterator[Problem]:
@@ -153,10 +162,10 @@ def _files(given: Files, tilts: list[int] | None) -> Iterator[Problem]:
 def _solid(sweep: Sweep) -> Iterator[Problem]:
     """What fused3d and hebt do not take."""
     if isinstance(sweep.data, Scanned | Recorded):
-        yield ("data",), f"{sweep.system} takes tilt series of images and maps; 4D-STEM is for system: mset"
+        yield ("data",), f"{sweep.system} takes tilt series of images and maps; 4D-STEM is for system: mset or mspt"
         return
     if sweep.search.objective not in ("nrmse", "heldout"):
-        yield ("search", "objective"), f"{sweep.search.objective} is for mset; write nrmse or heldout"
+        yield ("search", "objective"), f"{sweep.search.objective} is for atoms and patterns; write nrmse or heldout"
     if isinstance(sweep.data, Phantom) and sweep.data.phantom in FLAT:
         yield ("data", "phantom"), f"{sweep.data.phantom} is a map; write system: fused2d"
     if isinstance(sweep.solver, Fused3D) and sweep.solver.missing:

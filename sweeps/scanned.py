@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from engine import adf, diffraction, mset, scans
+from engine import adf, align, diffraction, mset, scans
 from engine.data import DataError, Solution, TiltSeries
 from engine.diffraction import DiffractionSeries, Scan
 from engine.iterate import Keep
 from engine.multislice import Optics
 from sweeps import atomic, imported, needs, stages
-from sweeps.patterns import Mset, Recorded, Scanned
+from sweeps.patterns import Mset, Mspt, Recorded, Scanned
 from sweeps.scores import Score
 from sweeps.settings import Sweep, dump
 from sweeps.specimens import recent
@@ -29,6 +29,11 @@ DARK = 100  # iterations that linear tomography takes at least (the paper's)
 WINDOW = 0.96  # [nm] around a focused probe in which its wave is followed
 # Settings that change the counts of one and the same series, or what the solver is told of it.
 AFTERWARDS = ("dose", "replicate", "defocus_error", "position_error")
+
+
+NAMES = {"held_out_error": "heldout", "error": "amplitude_error"}  # of the solvers, in a row
+TOLD = ("amplitude_error", "heldout", "defocus", "moved", "residual", "shift_error", "inplane_error", "tilt_error",
+        "azimuth_error")  # what a row tells beside the atoms
 
 
 def evaluate(sweeps: Sequence[Sweep], folder: Path, batch: str) -> list[tuple[Solution, dict[str, Any]]]:
@@ -90,12 +95,12 @@ def _evaluated(sweep: Sweep, folder: Path, batch: str) -> tuple[Solution, dict[s
     _, voxel = described(sweep, folder)
 
     def observe(n: int, volume: np.ndarray) -> None:
-        passed[n] = _score(sweep, volume[0], voxel, {})[0]
+        passed[n] = score_of(sweep, volume[0], voxel, {})[0]
 
     solution = _solver(sweep, folder, batch)(checkpoints=given.record, observe=observe)
     if not solution.ok:
         return solution, {"objective": None, "metrics": {}, "elements": {}, "checkpoints": []}
-    score, fields = _score(sweep, solution.volume[0], voxel, solution.metrics)
+    score, fields = score_of(sweep, solution.volume[0], voxel, solution.metrics)
     solution = replace(solution, fields=solution.fields | fields, metrics=solution.metrics | {
         "iterations": len(next(iter(solution.history.values()))) - 1})
     return solution, score | {"checkpoints": [{"iterations": n, **passed[n]} for n in sorted(passed)]}
@@ -124,14 +129,13 @@ def _solver(sweep: Sweep, folder: Path, batch: str) -> Any:
     return partial(mset.reconstruct, series, chosen, keep=None if record else keep, fitted=fitted)
 
 
-def _score(sweep: Sweep, volume: np.ndarray, voxel: float,
-           metrics: dict[str, Any]) -> tuple[Score, dict[str, np.ndarray]]:
+def score_of(sweep: Sweep, volume: np.ndarray, voxel: float,
+             metrics: dict[str, Any]) -> tuple[Score, dict[str, np.ndarray]]:
     """The score of a potential (z, y, x), and the atoms in it, as fields; a volume without atoms has a status."""
     solver, objective = sweep.solver, sweep.search.objective
-    assert isinstance(solver, Mset)
-    names = {"amplitude_error": "amplitude_error", "held_out_error": "heldout", "defocus": "defocus", "moved": "moved"}
-    found: Score = {"objective": None, "metrics": {ours: metrics[own] for own, ours in names.items() if own in metrics},
-                    "elements": {}}
+    assert isinstance(solver, Mset | Mspt)
+    told = {NAMES.get(name, name): value for name, value in metrics.items()}
+    found: Score = {"objective": None, "metrics": {name: told[name] for name in TOLD if name in told}, "elements": {}}
     fields: dict[str, np.ndarray] = {}
     try:
         traced = atomic.traced(solver, volume, voxel)
@@ -159,6 +163,24 @@ def _seed(sweep: Sweep) -> int:
     return zlib.crc32(stages.key("noise", {"data": dump(sweep)["data"], "seed": sweep.seed}).encode())
 
 
+def planted(data: Scanned) -> align.Alignment:
+    """By how much each scan of the series is off, which a solver is not told."""
+    rng, tilts = np.random.default_rng([20_242, data.particle]), data.tilts
+    shifts = rng.uniform(-1, 1, (tilts, 2)) * data.shift_error / data.pixel
+    turns = (rng.uniform(-1, 1, tilts) * most for most in (data.inplane_error, data.tilt_error, data.azimuth_error))
+    return align.Alignment(shifts, *turns)
+
+
+def origin(sweep: Sweep, folder: Path) -> str:
+    """What tells a recorded series from another of the same settings: its file, and when that was written."""
+    if isinstance(sweep.data, Scanned):
+        return ""
+    assert isinstance(sweep.data, Recorded)
+    path, _ = imported.group(sweep.data, folder)
+    file = path / "zarr.json" if path.is_dir() else path
+    return f"{path} {file.stat().st_mtime_ns if file.exists() else 0}"
+
+
 def _optics(data: Scanned) -> Optics:
     return Optics(data.voltage, data.aperture, data.defocus, data.c3, data.c5)
 
@@ -175,7 +197,9 @@ def _scanned(data: Scanned, folder: Path) -> DiffractionSeries:
     scan = Scan(data.size, data.pixel, data.probes, _optics(data), phonons=data.phonons)
 
     def make() -> stages.Arrays:
-        made = diffraction.simulate(atomic.specimen(data), scan, angles(data))
+        off = planted(data)
+        made = diffraction.simulate(atomic.specimen(data), scan, off.turns(angles(data)),
+                                    shifts=data.pixel * off.shifts)
         return {"patterns": made.patterns} | ({} if made.adf is None else {"adf": made.adf})
 
     arrays = stages.stage(folder, "scan", _clean(data), make)

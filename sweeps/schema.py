@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, PrivateAttr, model_validator
 
 from engine.phantoms_hebt import COLLECTED, DOSE, HAADF_DOSE, SOLID_ANGLE
 from sweeps.defaults import FLAT, FLAT_DATA, FLAT_SOLVER, SHARED_TRIALS, SNR
@@ -20,6 +20,7 @@ from sweeps.fields import (
     MAPPING,
     MEASURED,
     MSET,
+    MSPT,
     NUMBER,
     PARTICLE,
     PHANTOM,
@@ -38,23 +39,14 @@ from sweeps.fields import (
     setting,
     steps,
 )
-from sweeps.patterns import Mset, Recorded, Scanned
+from sweeps.patterns import Mset, Mspt, Recorded, Scanned
 from sweeps.sources import Measured
 from sweeps.yamlio import Document, Keys, dotted, flow, split
-
-BUILT = ("fused3d", "fused2d", "hebt", "mset")
-PLANNED = ("mspt",)
 
 
 def _file_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
         raise ValueError(f"{flow(name)} is to name a folder: only letters, digits and _ . + -, no sign first")
-    return name
-
-
-def _system(name: Any) -> Any:
-    if name in PLANNED:
-        raise ValueError(f"{name} is not built yet; built: {', '.join(BUILT)}")
     return name
 
 
@@ -183,7 +175,8 @@ class Search(Model):
     acquisition: Literal["gp_hedge", "EI", "LCB", "PI"] = setting("gp_hedge", "-", "what proposes a trial")
     objective: Literal["nrmse", "heldout", "rmsd", "tracing_error", "amplitude_error"] = setting(
         "nrmse", "-", "what is minimised: nrmse against a truth, or the deviance of held-out maps; of mset rmsd or "
-        "tracing_error of atoms, amplitude_error of patterns, or heldout, that of patterns left out")
+        "tracing_error of atoms, amplitude_error of patterns, or heldout, that of patterns left out; of mspt all but "
+        "amplitude_error")
     folds: int = setting(4, "-", "heldout: parts the maps are split into, each left out once; of patterns one is",
                          ge=2)
     order: Literal["free", "strict"] = setting(
@@ -259,7 +252,7 @@ class Given(dict[str, Any]):
     model: type[BaseModel]
 
 
-SOLVERS: dict[str, type[BaseModel]] = {"hebt": Hebt, "mset": Mset}
+SOLVERS: dict[str, type[BaseModel]] = {"hebt": Hebt, "mset": Mset, "mspt": Mspt}
 
 
 def _solver(value: Any) -> str:
@@ -288,14 +281,13 @@ class Sweep(Model):
 
     name: Annotated[str, AfterValidator(_file_name)] = setting(
         ..., "-", "name of the sweep and of its folder in runs/")
-    system: Annotated[Literal["fused3d", "fused2d", "hebt", "mset"], BeforeValidator(_system)] = setting(
-        "fused3d", "-", "what reconstructs")
+    system: Literal["fused3d", "fused2d", "hebt", "mset", "mspt"] = setting("fused3d", "-", "what reconstructs")
     data: Annotated[Annotated[Phantom, PHANTOM] | Annotated[Particle, PARTICLE] | Annotated[Scanned, SCANNED]
                     | Annotated[Measured, MEASURED] | Annotated[Recorded, RECORDED], Discriminator(_kind)] = setting(
-        ..., "-", "the specimen: simulated (phantom: ) or measured (chem: , of mset scan: )")
+        ..., "-", "the specimen: simulated (phantom: ) or measured (chem: , of mset and mspt scan: )")
     grid: dict[str, list[Any]] = setting({}, "-", "axes of the atlas: settings and their values")
-    solver: Annotated[Annotated[Fused3D, FUSED3D] | Annotated[Hebt, HEBT] | Annotated[Mset, MSET],
-                      Discriminator(_solver)] = setting(
+    solver: Annotated[Annotated[Fused3D, FUSED3D] | Annotated[Hebt, HEBT] | Annotated[Mset, MSET]
+                      | Annotated[Mspt, MSPT], Discriminator(_solver)] = setting(
         Fused3D(), "-", "one reconstruction; {low: , high: , scale: } is searched")
     search: Search = setting(Search(), "-", "how to search, in each cell")
     output: Output = setting(Output(), "-", "what to keep")

@@ -19,15 +19,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from sweeps.fields import TAGS, Range
-from sweeps.patterns import Mset, Recorded, Scanned
+from sweeps.patterns import Mset, Mspt, Recorded, Scanned
 from sweeps.rules import Problem, conflicts, tunables
 from sweeps.schema import Fused3D, Hebt, Output, Particle, Phantom, Search, Sweep
 from sweeps.sources import Measured, Source
 from sweeps.yamlio import Document, Keys, SettingsError, dotted, flow, put, read, shape, split, write
 
-__all__ = ["Fused3D", "Hebt", "Measured", "Mset", "Output", "Particle", "Phantom", "Range", "Recorded", "Scanned",
-           "Search", "SettingsError", "Source", "Sweep", "dump", "fields", "get", "load", "replace", "setting_of",
-           "template", "to_yaml", "tunables"]
+__all__ = ["Fused3D", "Hebt", "Measured", "Mset", "Mspt", "Output", "Particle", "Phantom", "Range", "Recorded",
+           "Scanned", "Search", "SettingsError", "Source", "Sweep", "dump", "fields", "get", "load", "replace",
+           "setting_of", "template", "to_yaml", "tunables"]
 
 SHORT = {name: f"data.{name}" for name in ("haadf_tilts", "chem_tilts", "replicate", "tilt_range", "size")}
 SHORT |= {name: f"solver.{name}" for name in ("gamma", "method")}
@@ -280,16 +280,21 @@ _SEARCHED: dict[str, dict[str, Any]] = {  # settings of the solver, by system
                 "lambda_tv": {"low": 1e-3, "high": 1e1, "scale": "log"}},
     "hebt": {"alpha": {"low": 0.1, "high": 0.98}, "differences": {"low": 0.02, "high": 1.0, "scale": "log"},
              "iterations": 40, "record": [5, 10, 15, 20, 30, 40]},
+    "mspt": {"coupling": {"low": 1e-3, "high": 10.0, "scale": "log"}, "blur": {"low": 0.0, "high": 1.0}},
     "mset": {"step": {"low": 0.2, "high": 2.0, "scale": "log"},
              "lambda_tv": {"low": 1e-8, "high": 1e-5, "scale": "log"}},
 }
 _SIMULATED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # data and grid, by system
     "fused3d": ({"phantom": "cocuo"}, {"haadf_tilts": [0, 9, 47], "chem_tilts": [5, 9, 13]}),
     "hebt": ({"phantom": "agau", "planes": 1}, {"data.dose": [3.121e6, 3.121e7, 3.121e8]}),
+    "mspt": ({"phantom": "cuau", "probes": 12, "tilts": 24, "tilt_range": [-75, 75], "shift_error": 0.1,
+              "inplane_error": 1.0}, {"data.dose": [2e5, 2e6], "solver.slices": [1, 5]}),
     "mset": ({"phantom": "cuau"}, {"data.dose": [2e4, 2e5, 2e6], "data.defocus": [-40, -20, 0]}),
     "fused2d": ({"phantom": "coscoo", "size": 128}, {"data.snr.haadf": [5, 20, 100], "data.snr.chem": [0.25, 1, 4]}),
 }
 _MEASURED: dict[str, dict[str, Any]] = {  # data, by system
+    "mspt": {"scan": {"files": "tilt_*.hspy", "angles": "tilts.rawtlt", "step": 0.05, "aperture": 21.0,
+                      "defocus": -20.0}},
     "mset": {"scan": {"files": "tilt_*.hspy", "angles": "tilts.rawtlt", "step": 0.05, "aperture": 21.0,
                       "defocus": -20.0}},
     "fused3d": {

@@ -27,6 +27,8 @@ METHODS = {
     "eds": "SIRT of the maps alone",
     "mset": "MSET",
     "sset": "one slice (SSET)",
+    "mspt": "MSPT",
+    "sspt": "one slice (SSPT)",
     "resire": "dark field, RESIRE",
     "genfire": "dark field, GENFIRE",
 }
@@ -51,7 +53,8 @@ TITLES = {
     "heldout": "held-out deviance",
 }
 REPLICATE = "replicate"
-GAINS = {"hebt": "HEBT / best of the maps alone", "mset": "many slices / best of the others with the same data"}
+GAINS = {"hebt": "HEBT / best of the maps alone", "mset": "many slices / best of the others with the same data",
+         "mspt": "many slices / one"}
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from engine import fused2d, fused3d, heldout, metrics, programs
 from engine.data import DataError, DataWarning, MultiModal, Solution
 from engine.iterate import Keep
 from engine.sizes import bucket
-from sweeps import needs, scanned, stages
+from sweeps import needs, scanned, sequential, stages
 from sweeps.grid import STOPPED
+from sweeps.patterns import OF_PATTERNS
 from sweeps.rules import elements
 from sweeps.scores import SYSTEMS, Judge, Score, sensitivities
 from sweeps.settings import SettingsError, Sweep, dump, load
@@ -79,7 +80,7 @@ def _rows(sweeps: Sequence[Sweep], folder: Path, names: Sequence[str], batch: st
     batch: a name of its own, the same in every attempt.
     """
     try:
-        rows, evaluate = [], scanned.evaluate if sweeps[0].system == "mset" else _evaluate
+        rows, evaluate = [], {"mset": scanned.evaluate, "mspt": sequential.evaluate}.get(sweeps[0].system, _evaluate)
         for sweep, name, (solution, scored) in zip(sweeps, names, evaluate(sweeps, folder, batch), strict=True):
             row = {"status": "ok", **scored, "iterations": int(solution.metrics["iterations"])}
             if not solution.ok:
@@ -283,7 +284,7 @@ def _write_volume(folder: Path, name: str, sweep: Sweep, solution: Solution) -> 
                            dimension_names=_axes(field, array.shape, volume.shape))
     for term, values in solution.history.items():
         group.create_array(f"history_{term}", data=values.astype(np.float64), dimension_names=("iteration",))
-    if sweep.system == "mset":
+    if sweep.system in OF_PATTERNS:
         elements, voxel = scanned.described(sweep, folder)
     else:
         chem = prepared(sweep, folder).chem

@@ -237,6 +237,8 @@ def plain(value: Any) -> Any:
         return value.model_dump(exclude_none=True)
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
     return value
 
 

@@ -121,7 +121,6 @@ BAD: list[Broken] = [
     _edit("no name", 1, "# name: trial", "name", "is missing"),
     _edit("no phantom", 4, "  # phantom: cocuo", "data.phantom", "is missing", at=3),
     _edit("bad name", 1, "name: ../other", "name", "folder"),
-    _edit("system not built", 2, "system: mspt", "system", "mspt is not built yet", "fused3d"),
     _edit("unknown system", 2, "system: fused3", "system", "did you mean fused3d?"),
     _edit("unknown phantom", 4, "  phantom: cocou", "data.phantom", "did you mean cocuo?"),
     _edit("unknown method", 13, "  method: fussed", "solver.method", "did you mean fused?"),
@@ -331,11 +330,6 @@ def test_the_template_loads_and_explains_every_setting(measured: bool, system: s
     without |= {"solver.responses": None} if system == "hebt" else {}
     without |= {"data.dose": None} if system == "mset" and not measured else {}
     assert (settings.replace(settings.load(_write(tmp_path, given)), without) == sweep) is not measured
-
-
-def test_the_template_of_a_system_that_is_not_built() -> None:
-    with pytest.raises(SettingsError, match="mspt is not built yet; built: fused3d, fused2d, hebt, mset"):
-        settings.template("mspt")
 
 
 def test_every_setting_has_a_unit_and_a_description() -> None:

@@ -1,0 +1,150 @@
+"""Trials of mspt: a phase image of each tilt, then their alignment and a potential, its atoms and their errors.
+
+Each tilt's image is a stage of its own: a run that was killed goes on at the tilt where it was, and trials that differ
+in what comes later share the images. Imports JAX, as a worker does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import align, mspt, ptychography
+from engine.data import DataError, Solution
+from engine.diffraction import DiffractionSeries
+from engine.euler import matrix
+from engine.iterate import Keep
+from engine.metrics import nrmse
+from sweeps import atomic, imported, needs, scanned, stages
+from sweeps.patterns import Mspt, Recorded, Scanned
+from sweeps.settings import Sweep, dump
+
+FIRST = ("iterations", "slices", "depth", "group", "step", "momentum", "loss", "absorption", "modes", "coupling",
+         "refine", "refine_after", "method")  # settings of the solver that an image follows from
+COMMON = 1e-3  # by which axes of turns may differ, as unit vectors
+ROUND = 5  # steps of the volume in one of solver.rounds
+
+
+def evaluate(sweeps: Sequence[Sweep], folder: Path, batch: str) -> list[tuple[Solution, dict[str, Any]]]:
+    """Solutions and scores, one after the other; `sweeps.trial` has what a batch is."""
+    return [_evaluated(sweep, folder) for sweep in sweeps]
+
+
+def about_one_axis(turns: np.ndarray) -> tuple[np.ndarray, float]:
+    """Tilts about an axis that lies across the beam, (tilt, 3) Euler angles [deg]: the angles (tilt,) about it, and its
+    turn [deg] from x about the beam. DataError for turns about different axes, or one along the beam."""
+    if not turns[:, :2].any():
+        return turns[:, 2], 0.0
+    found, first = [matrix(turn) for turn in turns], matrix(turns[0])
+    apart = [turn @ first.T for turn in found]
+    axes = np.array([[a[2, 1] - a[1, 2], a[0, 2] - a[2, 0], a[1, 0] - a[0, 1]] for a in apart])  # 2 sin(angle) axis
+    longest = axes[np.linalg.norm(axes, axis=1).argmax()]
+    length = float(np.linalg.norm(longest))
+    if length < COMMON:
+        raise DataError("the tilts are one and the same; a tomogram needs several")
+    axis = longest / length
+    if abs(axis[0]) > COMMON or any(np.linalg.norm(a @ axis - axis) > COMMON for a in apart):
+        raise DataError("the tilts are not about one axis across the beam; take mset, which takes any")
+    inplane = float(np.degrees(np.arctan2(axis[1], axis[2])))
+    across = np.array([0.0, axis[2], -axis[1]])  # the direction across axis and beam, to which +z turns
+    beam = np.array([1.0, 0.0, 0.0])
+    raw = [np.degrees(np.arctan2(across @ turn @ beam, beam @ turn @ beam)) for turn in found]
+    return np.array(raw), inplane
+
+
+def _evaluated(sweep: Sweep, folder: Path) -> tuple[Solution, dict[str, Any]]:
+    solver, data = sweep.solver, sweep.data
+    assert isinstance(solver, Mspt) and isinstance(data, Scanned | Recorded)
+    if isinstance(data, Recorded):
+        imported.tell(data, folder)
+    series = scanned.recorded(sweep, folder)
+    angles, inplane = about_one_axis(series.angles)
+    start = align.Alignment.none(len(angles))
+    start = replace(start, inplane=start.inplane + inplane)
+    phases, numbers = _images(sweep, folder, series)
+    told: list[float] = []
+    planted = scanned.planted(data) if isinstance(data, Scanned) else None
+    made = mspt.tomogram(phases, angles, 1 / (series.optics.interaction * series.pixel), chain(solver), start=start,
+                         reference=planted, observe=lambda *at: told.append(float(np.sqrt((at[2] ** 2).mean()))))
+    score, fields = scanned.score_of(sweep, made.volume, series.pixel, numbers | _errors(made, planted))
+    if isinstance(data, Scanned):
+        score = _compared(sweep, made.volume, series.pixel, score)
+    fields |= {"alignment": _table(made.alignment), "gauge": made.gauge, "images": made.images,
+               "residual": np.stack([made.before, made.residual])}
+    fields |= {} if made.mask is None else {"mask": made.mask}
+    history = np.array([float(np.sqrt((made.before**2).mean())), *told])
+    metrics = {**score["metrics"], "iterations": len(told)}
+    solution = Solution(made.volume[None].astype(np.float32), {"residual": history},
+                        f"aligned in {len(told)} rounds", bool(np.isfinite(made.volume).all()), metrics, fields)
+    return solution, score | {"checkpoints": []}
+
+
+def chain(solver: Mspt) -> mspt.Settings:
+    """The engine's settings of what follows the images."""
+    levels = tuple(align.Level(level.bins, level.rounds, tuple(level.free)) for level in solver.levels)
+    numbers = {name: getattr(solver, name) for name in ("mask", "rounds", "blur")}
+    return mspt.Settings(alignment=align.Settings(levels, solver.steps, float(solver.clip)), **numbers)  # type: ignore[arg-type]
+
+
+def _images(sweep: Sweep, folder: Path, series: DiffractionSeries) -> tuple[np.ndarray, dict[str, float]]:
+    """(tilt, y, x) phases, each kept as soon as it is there, and the means of their numbers.
+
+    Workers begin at different tilts, and find what others have made meanwhile.
+    """
+    solver = sweep.solver
+    assert isinstance(solver, Mspt)
+    values = {name: getattr(solver, name) for name in FIRST}
+    held = sweep.search.objective == "heldout"
+    inputs = {"data": dump(sweep)["data"], "origin": scanned.origin(sweep, folder), "seed": sweep.seed,
+              "solver": values, "folds": sweep.search.folds if held else 0}
+    fitted = scanned.left_out(series, sweep.search.folds, sweep.seed) if held else None
+    depth = solver.depth or series.size * series.pixel
+    given = values | {"depth": depth, "slices": 1 if solver.method == "sspt" else solver.slices}
+    chosen = ptychography.Settings(**{k: v for k, v in given.items() if k != "method"})  # type: ignore[arg-type]
+    tilts = len(series.angles)
+    needs.check_memory(sweep, needs.solve(sweep, elements=1, shape=(series.size,) * 3, haadf_tilts=0, chem_tilts=tilts,
+                                          probes=len(series.positions)), 1)
+
+    def made(tilt: int) -> stages.Arrays:
+        keep = Keep(folder / "partial" / f"{stages.key('tilt', inputs | {'tilt': tilt})}.npz", "tilt")
+        found = mspt.image(series, tilt, chosen, keep=keep, fitted=None if fitted is None else fitted[tilt])
+        return {"phase": found.phase, **{name: np.array(value) for name, value in found.numbers.items()}}
+
+    kept: dict[int, stages.Arrays] = {}
+    begin = os.getpid() * round(tilts * 0.618) % tilts
+    for tilt in ((begin + k) % tilts for k in range(tilts)):
+        kept[tilt] = stages.stage(folder, "tilt", inputs | {"tilt": tilt}, lambda tilt=tilt: made(tilt))  # type: ignore[misc]
+    means = {name: float(np.mean([kept[t][name] for t in kept])) for name in kept[0] if name != "phase"}
+    return np.stack([kept[t]["phase"] for t in range(tilts)]), means
+
+
+def _errors(made: mspt.Tomogram, planted: align.Alignment | None) -> dict[str, float]:
+    """Root mean square residual of the images, and, where it is known, what is left of the misalignment."""
+    found = {"residual": float(np.sqrt((made.residual**2).mean()))}
+    if planted is None:
+        return found
+    off = made.alignment.less(planted)
+    return found | {name: float(np.sqrt((array**2).mean())) for name, array in (
+        ("shift_error", off.shifts), ("inplane_error", off.inplane), ("tilt_error", off.tilt),
+        ("azimuth_error", off.azimuth))}
+
+
+def _compared(sweep: Sweep, volume: np.ndarray, voxel: float, score: dict[str, Any]) -> dict[str, Any]:
+    """The score with the volume's likeness to the true potential."""
+    assert isinstance(sweep.data, Scanned)
+    found = nrmse(volume, atomic.truth(sweep.data, volume.shape, voxel))
+    score["metrics"]["nrmse"] = found
+    score["elements"]["nrmse"] = {"potential": found}
+    if sweep.search.objective == "nrmse":
+        score |= {"objective": found, "status": "ok"}
+    return score
+
+
+def _table(alignment: align.Alignment) -> np.ndarray:
+    """(tilt, 5): shift y, x [pixel], turns about the beam, the tilt axis and across [deg]."""
+    return np.column_stack([alignment.shifts, alignment.inplane, alignment.tilt, alignment.azimuth])
