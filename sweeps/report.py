@@ -113,7 +113,7 @@ def _figures(run: Run) -> Iterator[tuple[str, str, Figure]]:
             "Weighted terms of the cost of each cell's winner; smooth decay is a sign of a reliable result.",
             figures.convergence({_words(cell): _history(run, cell) for cell in cells}, _across(run)),
         )
-    yield from {"fused2d": _flat, "mset": _atoms, "mspt": _atoms}.get(run.sweep.system, _solid)(run)
+    yield from {"fused2d": _flat, "mset": _atoms, "mspt": _chain}.get(run.sweep.system, _solid)(run)
 
 
 def _pages(stem: str, cells: list[Cell]) -> Iterator[tuple[str, list[Cell]]]:
@@ -241,6 +241,18 @@ def _atoms_caption(run: Run, cell: Cell) -> str:
     found = (run.winner(cell) or {}).get("elements", {}).get("found")
     data = cell.sweep.data
     return _caption(run, cell) + (f"\n{atomic.named(data, found)}" if found and isinstance(data, Scanned) else "")
+
+
+def _chain(run: Run) -> Iterator[tuple[str, str, Figure]]:
+    """What an mspt run shows: phase images and where they lie, then what an mset run shows."""
+    from sweeps import sequential_figures
+
+    kept = {_caption(run, cell): group for cell in run.cells[:PAGE] if (group := _group(run, cell)) is not None}
+    if kept:
+        yield ("phases", "Phase images of some tilts, as they were aligned.", sequential_figures.phases(kept))
+        yield ("alignment", "How each tilt's image lies: shifts, turns and what it misses of the volume; crosses are "
+               "what was planted.", sequential_figures.alignment(kept))
+    yield from _atoms(run)
 
 
 def _texts(run: Run) -> Iterator[tuple[str, str]]:

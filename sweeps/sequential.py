@@ -47,10 +47,10 @@ def about_one_axis(turns: np.ndarray) -> tuple[np.ndarray, float]:
     length = float(np.linalg.norm(longest))
     if length < COMMON:
         raise DataError("the tilts are one and the same; a tomogram needs several")
-    axis = longest / length
+    axis = longest / length * (1 if longest[2] >= 0 else -1)  # along +x rather than against it
     if abs(axis[0]) > COMMON or any(np.linalg.norm(a @ axis - axis) > COMMON for a in apart):
         raise DataError("the tilts are not about one axis across the beam; take mset, which takes any")
-    inplane = float(np.degrees(np.arctan2(axis[1], axis[2])))
+    inplane = float(np.degrees(np.arctan2(-axis[1], axis[2])))
     across = np.array([0.0, axis[2], -axis[1]])  # the direction across axis and beam, to which +z turns
     beam = np.array([1.0, 0.0, 0.0])
     raw = [np.degrees(np.arctan2(across @ turn @ beam, beam @ turn @ beam)) for turn in found]
@@ -74,9 +74,10 @@ def _evaluated(sweep: Sweep, folder: Path) -> tuple[Solution, dict[str, Any]]:
     score, fields = scanned.score_of(sweep, made.volume, series.pixel, numbers | _errors(made, planted))
     if isinstance(data, Scanned):
         score = _compared(sweep, made.volume, series.pixel, score)
-    fields |= {"alignment": _table(made.alignment), "gauge": made.gauge, "images": made.images,
-               "residual": np.stack([made.before, made.residual])}
+    fields |= {"alignment": np.column_stack([angles, _table(made.alignment)]), "gauge": made.gauge,
+               "images": made.images, "residual": np.stack([made.before, made.residual])}
     fields |= {} if made.mask is None else {"mask": made.mask}
+    fields |= {} if planted is None else {"planted": _table(planted)}
     history = np.array([float(np.sqrt((made.before**2).mean())), *told])
     metrics = {**score["metrics"], "iterations": len(told)}
     solution = Solution(made.volume[None].astype(np.float32), {"residual": history},

@@ -89,7 +89,6 @@ def test_check_answers_a_broken_yaml_with_file_and_line_and_status_2(bad: Broken
         ("run", "nowhere.yaml"),
         ("status", "nowhere"),
         ("report", "nowhere"),
-        ("init", "mspt"),
         ("run", "quickstart", "--set", "seed"),
         ("run", "quickstart", "--set", "data.sise=3"),
         ("run", "quickstart", "--cell", "a=1"),

@@ -252,7 +252,7 @@ def test_a_tables_atoms_come_back():
     ({"solver": {"method": "fused"}}, "must be mset, sset, resire or genfire"),
     ({"solver": {"momentum": 1.5}}, "from 0 to 1, not 1.5"),
     ({"solver": {"lambda_tv": -1.0}}, "at least 0"),
-    ({"search": {"objective": "nrmse"}}, "mset has rmsd, tracing_error, amplitude_error, heldout, not nrmse"),
+    ({"search": {"objective": "nrmse"}}, "mset has rmsd, tracing_error, heldout, amplitude_error, not nrmse"),
     ({"solver": {"method": "resire"}, "search": {"objective": "heldout"}}, "resire fits no patterns"),
     ({"data": {"scan": "a.zarr"}}, "rmsd needs known atoms"),
     ({"data": {"scan": "a.zarr", "heavy": "Gold"}, "search": {"objective": "heldout"}}, "Gold is no element"),
@@ -268,5 +268,5 @@ def test_what_does_not_fit_is_refused_in_words(changes, words):
 
 
 def test_a_kind_of_error_of_atoms_is_for_mset_alone():
-    with pytest.raises(SettingsError, match="rmsd is for mset; write nrmse or heldout"):
+    with pytest.raises(SettingsError, match="rmsd is for atoms and patterns; write nrmse or heldout"):
         settings.load({"name": "a", "data": {"phantom": "cocuo"}, "search": {"objective": "rmsd"}})
