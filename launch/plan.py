@@ -143,6 +143,8 @@ def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
     published = len(costs) if kept else 0
     folds = sweep.search.folds + 2 if sweep.search.objective == "heldout" else 0
     made = sum({(cost.extent.shape, cost.extent.pixel): cost.extent.files for cost in costs}.values())
+    if sweep.system == "mspt":  # a phase image of each tilt, for each way to make it
+        made += sum(cost.extent.chem * max(1, round(grid.effort(cost.cell))) for cost in costs)
     sizes = {(cost.extent.elements, cost.extent.shape) for cost in costs}
     varied = len(grid.axes(sweep)) + len(list(tunables(sweep)))
     return {

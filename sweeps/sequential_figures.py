@@ -56,7 +56,7 @@ def alignment(groups: Mapping[str, Any]) -> Figure:
         row[0].set_title(words, fontsize=8, loc="left")
         for ax, label in zip(row, ("shift [pixel]", "turn [degrees]", "residual of an image")):
             ax.set_ylabel(label, fontsize=8)
-            ax.tick_params(labelsize=7)
+            ax.tick_params(which="both", labelsize=7)
             if ax.get_legend_handles_labels()[0]:
                 ax.legend(fontsize=7, frameon=False)
     for ax in axes[-1]:

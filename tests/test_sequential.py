@@ -154,3 +154,4 @@ def test_the_plan_counts_a_tilts_patterns_twice_at_most():
     found = plan.plan(sweep())
     assert found.costs[0].memory["patterns"] == 4 * 2 * 49 * 24**2
     assert found.costs[0].core_seconds > 0
+    assert found.files["prepared data"] >= 8
