@@ -121,8 +121,8 @@ def reconstruct(series: DiffractionSeries, tilt: int, settings: Settings, *, che
     observe(iteration, volume) is called at each checkpoint. fitted: (probe,) False for patterns that are held out;
     `held_out_error` is then among the metrics. fields: `light` (y, x), electrons of all patterns that met a pixel, in
     those of the brightest; `probe` (mode, part, n, n), amplitude and phase [rad] of its spectra, frequency 0 at n // 2;
-    `positions` (probe, 2) [nm]; `absorption` (slice, y, x). metrics: `error`, of the
-    amplitudes, squared, relative to their squares; `defocus` [nm] and `moved` [pm] where they were refined.
+    `positions` (probe, 2) [nm]; `absorption` (slice, y, x). metrics: `error`, of the amplitudes, squared, relative to
+    their squares; `defocus` [nm] and `moved` [pm] where they were refined.
     """
     patterns = series.patterns[tilt]
     way, problem, chosen = build(series, patterns, settings, fitted)
