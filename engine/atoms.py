@@ -7,23 +7,26 @@ A52, 257 (1996), International Tables C, Table 4.3.2.2, for sin(theta) / lambda 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from scipy import constants
+from scipy.spatial import cKDTree
 from scipy.special import erf
 
+from engine.crystals import CRYSTALS, FCC, ROCK_SALT
 from engine.data import DataError
 from engine.euler import matrix
 
 # h^2 / (2 pi m0 e): what turns a scattering factor [nm] per volume into volts [V nm^2]; 47.88 V Angstrom^2.
 VOLTS = constants.h**2 / (2 * np.pi * constants.m_e * constants.e) * 1e18
 NEGLIGIBLE = 1e-7  # [nm] part of a scattering factor in a slice that is left out; Au has 1.06 nm in all
-_FCC = np.array([(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]) / 2
+CARBON = 2000.0  # [kg m^-3] of amorphous films, which are 1800 to 2200
+CARBON_APART = 0.13  # [nm] a little less than the bonds of graphite, 0.142 nm
 
-Model = Literal["cuau", "bao"]
+Model = Literal["cuau", "bao", "co3o4", "coo"]
 
 
 @dataclass(frozen=True)
@@ -56,23 +59,23 @@ class Atoms:
 
 def nanoparticle(model: Model = "cuau", radius: float = 1.73, *, disorder: float = 0.02, core: float = 0.71,
                  seed: int = 0) -> Atoms:
-    """A particle of random shape and mean radius [nm], its lattice turned at random.
+    """A particle of random shape and mean radius [nm], its lattice turned at random; co3o4 and coo are `cube`s.
 
     cuau: FCC, a = 0.378 nm, Cu inside `core` times the distance of the surface and Au outside; 1.73 nm hold the
     paper's 1,600 atoms, and 0.71 its 36 % of Cu. bao: Ba and O as in rock salt, a = 0.554 nm. disorder: root mean
     square displacement [nm] of an atom in space.
     """
+    if model in CRYSTALS:
+        return cube(model, 2 * radius, disorder=disorder, seed=seed)
     if model not in ("cuau", "bao"):
-        raise DataError(f"there is no model of atoms called {model}; cuau and bao are there")
+        raise DataError(f"there is no model of atoms called {model}; cuau, bao, {' and '.join(CRYSTALS)} are there")
     rng = np.random.default_rng([20_230, seed])
     edge = 0.378 if model == "cuau" else 0.554
     surface, lattice = _surface(rng), matrix(rng.uniform(-180, 180, 3))
-    kinds = {"cuau": [("Au", _FCC)], "bao": [("Ba", _FCC), ("O", _FCC + np.array([0.5, 0, 0]))]}[model]
+    kinds = {"cuau": [("Au", FCC)], "bao": [("Ba", FCC), ("O", FCC + ROCK_SALT)]}[model]
     symbols, places = [], []
     for symbol, basis in kinds:
-        reach = int(np.ceil(1.6 * radius / edge)) + 1
-        cells = np.stack(np.meshgrid(*[np.arange(-reach, reach + 1)] * 3, indexing="ij"), -1).reshape(-1, 1, 3)
-        found = edge * (cells + basis).reshape(-1, 3) @ lattice.T
+        found = filled(basis, edge, 1.6 * radius) @ lattice.T
         depth = np.linalg.norm(found, axis=1) / (radius * surface(found))
         inside = depth < 1
         kept = np.where(depth[inside] < core, "Cu", symbol) if model == "cuau" else np.full(inside.sum(), symbol)
@@ -80,6 +83,50 @@ def nanoparticle(model: Model = "cuau", radius: float = 1.73, *, disorder: float
         places.append(found[inside])
     atoms = Atoms(np.concatenate(symbols), np.concatenate(places))
     return replace(atoms, positions=atoms.positions - atoms.positions.mean(0)).shaken(disorder / np.sqrt(3), rng)
+
+
+def cube(model: str, edge: float, angles: Sequence[float] | None = None, *, disorder: float = 0.0,
+         seed: int = 0) -> Atoms:
+    """A cube of a crystal in `engine.crystals` with {100} faces, `edge` nm long, about the origin.
+
+    angles: Euler angles [deg] of the lattice and the faces, at random where None. disorder: as in `nanoparticle`. The
+    origin of a cell lies on the cube's centre, and so an atom or a symmetry does.
+    """
+    rng = np.random.default_rng([20_241, seed])
+    turn = rng.uniform(-180, 180, 3) if angles is None else np.asarray(angles, np.float64)
+    crystal = CRYSTALS[model]
+    places = filled(crystal.positions, crystal.edge, edge / 2)
+    symbols = np.tile(crystal.symbols, len(places) // len(crystal.symbols))
+    inside = np.abs(places).max(1) <= edge / 2 + 1e-9
+    atoms = Atoms(symbols[inside], places[inside]).turned(turn)
+    return atoms.shaken(disorder / np.sqrt(3), rng)
+
+
+def film(width: float, thickness: float, top: float, *, density: float = CARBON, seed: int = 0) -> Atoms:
+    """A film of amorphous carbon, `width` nm along y and x and `thickness` along z, its face toward +z at `top` nm.
+
+    density [kg m^-3]. Atoms are put at random, none closer than CARBON_APART to another: no bonds are modelled, whose
+    rings an electron sees at frequencies beyond 2 / nm.
+    """
+    count = int(round(density * width**2 * thickness * 1e-27 / (12.011 * constants.atomic_mass)))
+    rng = np.random.default_rng([20_242, seed])
+    low, size = np.array([top - thickness, -width / 2, -width / 2]), np.array([thickness, width, width])
+    places = np.zeros((0, 3))
+    for _ in range(1000):
+        more = low + size * rng.random((2 * (count - len(places)) + 16, 3))
+        places = np.concatenate([places, more])
+        first, second = cKDTree(places).query_pairs(CARBON_APART, output_type="ndarray").T
+        places = np.delete(places, np.maximum(first, second), axis=0)[:count]
+        if len(places) == count:
+            return Atoms(np.full(count, "C"), places)
+    raise DataError(f"a film of {density:g} kg m^-3 leaves no room for atoms {CARBON_APART} nm apart: make it lighter")
+
+
+def filled(basis: np.ndarray, edge: float, reach: float) -> np.ndarray:
+    """(atom, 3) [nm] of a basis (atom, 3) in all cubic cells of `edge` nm that come within `reach` nm of the origin."""
+    cells = int(np.ceil(reach / edge)) + 1
+    origins = np.stack(np.meshgrid(*[np.arange(-cells, cells + 1)] * 3, indexing="ij"), -1).reshape(-1, 1, 3)
+    return edge * (origins + basis).reshape(-1, 3)
 
 
 def _surface(rng: np.random.Generator, roughness: float = 0.08) -> Callable[[np.ndarray], np.ndarray]:

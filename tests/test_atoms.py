@@ -94,7 +94,7 @@ def test_xyz_is_read_back():
 
 
 def test_what_is_no_model_is_refused(monkeypatch):
-    with pytest.raises(DataError, match="cuau and bao"):
+    with pytest.raises(DataError, match="cuau, bao, co3o4 and coo"):
         nanoparticle("gold")
     with pytest.raises(DataError, match="positions of shape"):
         Atoms(["Cu"], [[0, 0]])
