@@ -134,18 +134,18 @@ class Scan:
 
 
 def simulate(atoms: Atoms, scan: Scan, angles: np.ndarray, seed: int = 0,
-             shifts: np.ndarray | None = None) -> DiffractionSeries:
+             shifts: np.ndarray | None = None, around: Atoms | None = None) -> DiffractionSeries:
     """Patterns without noise, as shares of the beam, and the dark field, at angles (tilt,) or (tilt, 3) [deg].
 
-    shifts: (tilt, 2), y and x [nm] by which the specimen lies off the middle of the scan. Raises DataError where atoms
-    lie outside the field at some tilt.
+    shifts: (tilt, 2), y and x [nm] by which the specimen lies off the middle of the scan. around: atoms of a film that
+    may reach out of the field, where it is cut off. Raises DataError where other atoms lie outside at some tilt.
     """
     angles = np.asarray(angles, np.float64)
     turns = angles if angles.ndim == 2 else np.stack([0 * angles, 0 * angles, angles], 1)
     fine = beam(scan.size * scan.finer, scan.pixel / scan.finer, scan.optics, scan.depth[1], band_limit=BAND)
     patterns = np.zeros((len(turns), scan.probes**2, scan.size, scan.size), np.float32)
     adf = np.zeros(patterns.shape[:2])
-    for t, share, volts in potentials(atoms, scan, turns, seed, shifts):
+    for t, share, volts in potentials(atoms, scan, turns, seed, shifts, around):
         bright, dark = _recorded(fine, scan, volts)
         patterns[t] += share * bright
         adf[t] += share * dark
@@ -154,20 +154,26 @@ def simulate(atoms: Atoms, scan: Scan, angles: np.ndarray, seed: int = 0,
 
 
 def potentials(atoms: Atoms, scan: Scan, turns: np.ndarray, seed: int = 0,
-               shifts: np.ndarray | None = None) -> Iterator[tuple[int, float, np.ndarray]]:
+               shifts: np.ndarray | None = None,
+               around: Atoms | None = None) -> Iterator[tuple[int, float, np.ndarray]]:
     """Of every tilt (3,) [deg] and configuration of atoms: which tilt, its share of the tilt's configurations, and its
-    potentials (slice, y, x) [V nm]. DataError where atoms lie outside the field at some tilt."""
+    potentials (slice, y, x) [V nm], as `simulate` has them."""
     width = scan.size * scan.pixel
     moves = np.zeros((len(turns), 3)) if shifts is None else np.pad(np.asarray(shifts, np.float64), ((0, 0), (1, 0)))
     reach = float(np.linalg.norm(atoms.positions, axis=1).max() + np.abs(moves).max())
     if reach > width / 2:
         raise DataError(f"an atom lies {reach:.3g} nm from the centre of a volume {width:.3g} nm wide; "
                         "use more or larger voxels, or a smaller particle")
+    if around is not None:
+        atoms = Atoms(np.concatenate([atoms.symbols, around.symbols]),
+                      np.concatenate([atoms.positions, around.positions]))
     rng, configurations = np.random.default_rng([20_231, seed]), max(1, scan.phonons)
     for t, turn in enumerate(turns):
         for _ in range(configurations):
             moved = atoms.shaken(scan.thermal, rng) if scan.phonons else atoms
-            placed = replace(turned := moved.turned(turn), positions=turned.positions + moves[t])
+            places = moved.turned(turn).positions + moves[t]
+            inside = (np.abs(places) <= width / 2).all(1)
+            placed = Atoms(moved.symbols[inside], places[inside])
             yield t, 1 / configurations, potential_slices(placed, scan.size * scan.finer,
                                                           scan.pixel / scan.finer, *scan.depth,
                                                           0.0 if scan.phonons else scan.thermal)

@@ -7,21 +7,34 @@ from typing import Any
 
 import numpy as np
 
-from engine.atoms import Atoms, nanoparticle, potential
+from engine.atoms import Atoms, cube, film, nanoparticle, potential
 from engine.data import DataError
 from engine.tracing import HEAVY, LIGHT, NON_ATOM, Comparison, Traced, compare, trace, traced_xyz
-from sweeps.patterns import Mset, Mspt, Recorded, Scanned
+from sweeps.patterns import Mset, Mspt, Recorded, Scanned, crystal_of
 from sweeps.settings import Sweep
 from sweeps.tables import Run
 
-SYMBOLS = {"cuau": ("Cu", "Au"), "bao": ("O", "Ba")}  # light, heavy
+SYMBOLS = {"cuau": ("Cu", "Au"), "bao": ("O", "Ba"), "co3o4": ("O", "Co"), "coo": ("O", "Co")}  # light, heavy
+BOND = 0.15  # [nm] between a particle and its film
+WIDE = 4  # widths of the field that a film is wide: it fills the field up to tilts of 75 degrees
 THERMAL = 0.0085  # [nm] along each axis, of the atoms' mean blur, as it is simulated
 COLUMNS = ("z", "y", "x", "intensity", "class")  # of the atoms beside a volume; lengths in nm
 
 
 def specimen(data: Scanned) -> Atoms:
-    """The particle that is scanned."""
+    """The particle that is scanned; a cube lies on a face, turned about the beam at random."""
+    if crystal_of(data):
+        turn = np.random.default_rng([20_243, data.particle]).uniform(-45, 45)
+        return cube(data.phantom, 2 * data.radius, [turn, 0, 0], disorder=data.disorder, seed=data.particle)
     return nanoparticle(data.phantom, data.radius, disorder=data.disorder, seed=data.particle)
+
+
+def substrate(data: Scanned) -> Atoms | None:
+    """The film below the particle, wide enough to fill the field at any tilt, and cut off where that ends."""
+    if data.film == 0:
+        return None
+    lowest = float(specimen(data).positions[:, 0].min())
+    return film(WIDE * data.size * data.pixel, data.film, lowest - BOND, seed=data.particle)
 
 
 def truth(data: Scanned, shape: tuple[int, ...], voxel: float) -> np.ndarray:

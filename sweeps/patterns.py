@@ -42,10 +42,13 @@ Dose = Annotated[Annotated[float, Field(gt=0)] | None, unless("none")]
 class Scanned(Model):
     """A particle of atoms and the 4D-STEM tilt series that is simulated of it, on a finer grid than the solver's."""
 
-    phantom: Literal["cuau", "bao"] = setting(..., "-", "atoms: cuau (Cu core, Au shell), bao (rock salt)")
-    radius: float = setting(0.65, "nm", "mean radius of the particle, whose shape is random", gt=0)
+    phantom: Literal["cuau", "bao", "co3o4", "coo"] = setting(
+        ..., "-", "atoms: cuau (Cu core, Au shell), bao (rock salt); cubes: co3o4 (spinel), coo (rock salt)")
+    radius: float = setting(0.65, "nm", "mean radius of the particle, whose shape is random; of a cube half its edge",
+                            gt=0)
     disorder: float = setting(0.02, "nm", "root mean square displacement of the atoms", ge=0)
-    particle: int = setting(0, "-", "number of the random shape and orientation", ge=0)
+    particle: int = setting(0, "-", "number of the random shape and orientation; a cube lies on a face", ge=0)
+    film: float = setting(0.0, "nm", "thickness of an amorphous carbon film below the particle; 0: none", ge=0)
     size: int = setting(48, "voxels", "edge of the volume, and pixels of a pattern", ge=8)
     pixel: float = setting(0.04, "nm", "edge of a voxel", gt=0)
     tilts: int = setting(12, "tilts", "about the x axis", ge=1)
@@ -132,8 +135,17 @@ class Recorded(Model):
     bins: int = setting(1, "pixels", "of the detector along an edge that are added up to one", ge=1)
     stream: Literal["auto", "always", "never"] = setting(
         "auto", "-", "whether patterns are read from the file in each iteration; auto: where memory cannot hold them")
+    crystal: Literal["co3o4", "coo"] | None = setting(
+        None, "-", "whose lattice and sites mspt seeks in the volume", examples=["co3o4"])
     light: str | None = setting(None, "-", "symbol of the lighter element, for the traced atoms", examples=["Cu"])
     heavy: str | None = setting(None, "-", "symbol of the heavier element", examples=["Au"])
+
+
+def crystal_of(data: Scanned | Recorded) -> str | None:
+    """The name of the crystal that a specimen is; None where it is none, or not said to be."""
+    if isinstance(data, Recorded):
+        return data.crystal
+    return data.phantom if data.phantom in ("co3o4", "coo") else None
 
 
 class Mset(Model):

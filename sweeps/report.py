@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.measured import read_truth
-from sweeps import atomic, bimodal, grid, settings, stages, tables
+from sweeps import atomic, bimodal, crystalline, grid, settings, stages, tables
 from sweeps.atlas import RunFolder, resolved
 from sweeps.grid import Cell
 from sweeps.journal import RunError
@@ -82,8 +82,9 @@ def table(folder: Path) -> str:
 
 
 def _text(run: Run) -> str:
-    own = {"hebt": bimodal.text, "mset": atomic.text, "mspt": atomic.text}.get(run.sweep.system)
-    return "\n\n".join(part for part in (tables.table(run), own(run) if own else "") if part)
+    own = {"hebt": (bimodal.text,), "mset": (atomic.text,), "mspt": (atomic.text, crystalline.text)}
+    parts = (tables.table(run), *(words(run) for words in own.get(run.sweep.system, ())))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _figures(run: Run) -> Iterator[tuple[str, str, Figure]]:
@@ -252,6 +253,8 @@ def _chain(run: Run) -> Iterator[tuple[str, str, Figure]]:
         yield ("phases", "Phase images of some tilts, as they were aligned.", sequential_figures.phases(kept))
         yield ("alignment", "How each tilt's image lies: shifts, turns and what it misses of the volume; crosses are "
                "what was planted.", sequential_figures.alignment(kept))
+        yield ("spectra", "Spectral amplitude on the axes and the planes; circles are the last peaks above the noise.",
+               sequential_figures.spectra(kept))
     yield from _atoms(run)
 
 

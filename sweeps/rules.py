@@ -9,7 +9,7 @@ from engine.phantoms import ELEMENTS
 from engine.physics import SYMBOLS
 from sweeps.defaults import FLAT
 from sweeps.fields import Range, ends
-from sweeps.patterns import Files, Mset, Mspt, Recorded, Scanned
+from sweeps.patterns import Files, Mset, Mspt, Recorded, Scanned, crystal_of
 from sweeps.schema import Fractions, Fused3D, Hebt, Output, Particle, Phantom, Shares, Sweep
 from sweeps.sources import ChemSource, Element, Measured, Source
 from sweeps.yamlio import Keys, flow
@@ -112,11 +112,13 @@ def _scanned(sweep: Sweep) -> Iterator[Problem]:
         yield ("data",), f"{sweep.system} takes 4D-STEM: phantom: cuau or bao, or scan: a series in a file"
         return
     atoms = ("rmsd", "tracing_error", *(("nrmse",) if isinstance(solver, Mspt) else ()))
-    known = (*atoms, "heldout", *(("amplitude_error",) if isinstance(solver, Mset) else ()))
+    known = (*atoms, "heldout", "missing_sites" if isinstance(solver, Mspt) else "amplitude_error")
     if objective not in known:
         yield ("search", "objective"), f"{sweep.system} has {', '.join(known)}, not {objective}"
     elif isinstance(data, Recorded) and objective in atoms:
         yield ("search", "objective"), f"{objective} needs known atoms; write {' or '.join(known[len(atoms):])}"
+    if objective == "missing_sites" and crystal_of(data) is None:
+        yield ("search", "objective"), "missing_sites needs a crystal: phantom: co3o4 or coo, or data.crystal"
     if isinstance(solver, Mset):
         yield from _linear(solver, data, objective)
     elif min(ends(solver.slices)) < 1:

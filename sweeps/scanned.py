@@ -199,7 +199,7 @@ def _scanned(data: Scanned, folder: Path) -> DiffractionSeries:
     def make() -> stages.Arrays:
         off = planted(data)
         made = diffraction.simulate(atomic.specimen(data), scan, off.turns(angles(data)),
-                                    shifts=data.pixel * off.shifts)
+                                    shifts=data.pixel * off.shifts, around=atomic.substrate(data))
         return {"patterns": made.patterns} | ({} if made.adf is None else {"adf": made.adf})
 
     arrays = stages.stage(folder, "scan", _clean(data), make)

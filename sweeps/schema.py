@@ -173,10 +173,10 @@ class Search(Model):
     trials: int = setting(30, "trials", "budget of the search in each cell; without it, shared takes 15", ge=1)
     initial: int = setting(8, "trials", "first trials, which only spread out; shared: of neighbours together", ge=1)
     acquisition: Literal["gp_hedge", "EI", "LCB", "PI"] = setting("gp_hedge", "-", "what proposes a trial")
-    objective: Literal["nrmse", "heldout", "rmsd", "tracing_error", "amplitude_error"] = setting(
+    objective: Literal["nrmse", "heldout", "rmsd", "tracing_error", "amplitude_error", "missing_sites"] = setting(
         "nrmse", "-", "what is minimised: nrmse against a truth, or the deviance of held-out maps; of mset rmsd or "
         "tracing_error of atoms, amplitude_error of patterns, or heldout, that of patterns left out; of mspt all but "
-        "amplitude_error")
+        "amplitude_error, and missing_sites of a crystal")
     folds: int = setting(4, "-", "heldout: parts the maps are split into, each left out once; of patterns one is",
                          ge=2)
     order: Literal["free", "strict"] = setting(
@@ -261,7 +261,8 @@ def _solver(value: Any) -> str:
     return f"<{model.__name__}>" if model in SOLVERS.values() else "<Fused3D>"
 
 
-OWN = {"agau": "<Particle>", "cuau": "<Scanned>", "bao": "<Scanned>"}  # models of specimens that are no Phantom
+# Models of specimens that are no Phantom.
+OWN = {"agau": "<Particle>"} | dict.fromkeys(("cuau", "bao", "co3o4", "coo"), "<Scanned>")
 
 
 def _kind(value: Any) -> str:

@@ -20,8 +20,8 @@ from engine.diffraction import DiffractionSeries
 from engine.euler import matrix
 from engine.iterate import Keep
 from engine.metrics import nrmse
-from sweeps import atomic, imported, needs, scanned, stages
-from sweeps.patterns import Mspt, Recorded, Scanned
+from sweeps import atomic, crystalline, imported, needs, scanned, stages
+from sweeps.patterns import Mspt, Recorded, Scanned, crystal_of
 from sweeps.settings import Sweep, dump
 
 FIRST = ("iterations", "slices", "depth", "group", "step", "momentum", "loss", "absorption", "modes", "coupling",
@@ -74,6 +74,7 @@ def _evaluated(sweep: Sweep, folder: Path) -> tuple[Solution, dict[str, Any]]:
     score, fields = scanned.score_of(sweep, made.volume, series.pixel, numbers | _errors(made, planted))
     if isinstance(data, Scanned):
         score = _compared(sweep, made.volume, series.pixel, score)
+    score = _crystal(sweep, made, series.pixel, float(np.abs(angles).max()), score)
     fields |= {"alignment": np.column_stack([angles, _table(made.alignment)]), "gauge": made.gauge,
                "images": made.images, "residual": np.stack([made.before, made.residual])}
     fields |= {} if made.mask is None else {"mask": made.mask}
@@ -144,6 +145,22 @@ def _compared(sweep: Sweep, volume: np.ndarray, voxel: float, score: dict[str, A
     if sweep.search.objective == "nrmse":
         score |= {"objective": found, "status": "ok"}
     return score
+
+
+def _crystal(sweep: Sweep, made: mspt.Tomogram, voxel: float, highest: float,
+             score: dict[str, Any]) -> dict[str, Any]:
+    """The score with what the volume tells of the specimen's lattice, if it is said to have one."""
+    assert isinstance(sweep.data, Scanned | Recorded)
+    name, objective = crystal_of(sweep.data), sweep.search.objective
+    if name is None:
+        return score
+    try:
+        whole, each = crystalline.found(name, made.volume, voxel, made.mask, highest)
+    except DataError as error:
+        return score | ({"status": crystalline.refused(error)} if objective == "missing_sites" else {})
+    score["metrics"] |= whole
+    score["elements"] |= each
+    return score | ({"objective": whole["missing_sites"], "status": "ok"} if objective == "missing_sites" else {})
 
 
 def _table(alignment: align.Alignment) -> np.ndarray:

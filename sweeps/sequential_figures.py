@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from engine import resolution
 from sweeps import figures
 
 SHOWN = 6  # phase images of a cell
@@ -69,3 +70,32 @@ def _points(ax: Axes, angles: np.ndarray, found: np.ndarray, planted: np.ndarray
     ax.plot(angles, found, "o", color=colour, ms=3.5, mfc="none", label=name)
     if planted is not None:
         ax.plot(angles, planted, "x", color=colour, ms=4)
+
+
+def spectra(groups: Mapping[str, Any]) -> Figure:
+    """A row per result: its spectral amplitude on the axes, with the last peak of each, and on the planes (Fig. 5)."""
+    figure = Figure(figsize=(12, 2.9 * len(groups) + 0.4), layout="constrained")
+    axes = figure.subplots(len(groups), 4, squeeze=False, width_ratios=(1.5, 1, 1, 1))
+    for row, (words, group) in zip(axes, groups.items(), strict=True):
+        volume, voxel = group["volume"][0], float(np.min(group.attrs["voxel_nm"]))
+        shown, last = resolution.spectral_amplitude(volume, voxel), resolution.find_peaks(volume, voxel).cutoff()
+        for axis, colour, end in zip(("z", "y", "x"), COLOURS, last):
+            frequencies = shown.frequencies[axis]
+            half = frequencies > 0
+            row[0].semilogy(frequencies[half] / 10, shown.curves[axis][half], color=colour, lw=1, label=axis)
+            if np.isfinite(end):
+                at = np.abs(frequencies - end).argmin()
+                row[0].plot(frequencies[at] / 10, shown.curves[axis][at], "o", color=colour, ms=5, mfc="none")
+        row[0].set_title(words, fontsize=8, loc="left")
+        row[0].set_ylabel("spectral amplitude", fontsize=8)
+        row[0].legend(fontsize=7, frameon=False, title="along; circle: last peak", title_fontsize=7)
+        for ax, (pair, values) in zip(row[1:], shown.planes.items(), strict=True):
+            up, right = (shown.frequencies[axis] / 10 for axis in pair)
+            ax.imshow(np.log(values + 1e-6 * values.max()), cmap="magma", origin="lower",
+                      extent=(right[0], right[-1], up[0], up[-1]), vmin=np.log(np.percentile(values, 20)))
+            ax.set_xlabel(f"along {pair[1]} [1/Å]", fontsize=8)
+            ax.set_ylabel(f"along {pair[0]} [1/Å]", fontsize=8)
+        for ax in row:
+            ax.tick_params(which="both", labelsize=7)
+    axes[-1, 0].set_xlabel("frequency [1/Å]", fontsize=8)
+    return figure

@@ -50,6 +50,7 @@ TITLES = {
     "lambda_tv": "λ TV",
     "nrmse": "NRMSE",
     "share_rmse": "RMSE of concentrations [%]",
+    "missing_sites": "sites not found [%]",
     "heldout": "held-out deviance",
 }
 REPLICATE = "replicate"
