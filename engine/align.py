@@ -88,7 +88,7 @@ class Settings:
     """
 
     levels: tuple[Level, ...] = (Level(4, 30), Level(2, 30, ("shift", "inplane")), Level(1, 20, tuple(FREE)))
-    steps: int = 6
+    steps: int = 20
     clip: float = 0.0
     blur: float = 0.0
 

@@ -210,7 +210,7 @@ class Mspt(Model):
     levels: Annotated[list[Level], Field(min_length=1)] = setting(
         [Level(bins=4, rounds=20), Level(bins=2, rounds=30, free=["shift", "inplane"]),
          Level(bins=1, rounds=20, free=["shift", "inplane"])], "-", "of the alignment, coarse to fine")
-    steps: int = setting(6, "-", "alignment: of the volume in a round", ge=1)
+    steps: int = setting(20, "-", "alignment: of the volume in a round", ge=1)
     clip: Share = setting(0.0, "-", "alignment: share of an image's maximum below which it is 0; the paper's is 0.4")
     mask: NotNegative = setting(0.5, "-", "share of Otsu's threshold above which lies the specimen; 0: no mask")
     rounds: int = setting(20, "-", "of five steps each of the last reconstruction", ge=1)

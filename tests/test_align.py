@@ -11,7 +11,7 @@ from engine.data import DataError
 from engine.euler import matrix
 from tests.specimens import distance
 
-SIZE, SIGMA, RADIUS = 40, 2.0, 12.0  # [pixel]
+SIZE, SIGMA, RADIUS = 48, 2.0, 15.0  # [pixel]
 ANGLES = np.linspace(-75, 75, 36)
 ALL = tuple(FREE)
 
