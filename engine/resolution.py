@@ -79,7 +79,6 @@ class Peaks:
 @dataclass(frozen=True)
 class ShellCorrelation:
     """frequency [1/nm], correlation and number of independent frequencies of each shell."""
-
     frequency: np.ndarray
     correlation: np.ndarray
     number: np.ndarray
@@ -144,7 +143,8 @@ def spectral_amplitude(volume: np.ndarray, voxel: float, window: str = WINDOW) -
 def find_peaks(volume: np.ndarray, voxel: float, window: str = WINDOW) -> Peaks:
     """Lattice peaks that stand out from the noise, by the rule above: for specimens with a lattice.
 
-    Frequencies within BLOCK / 2 of 0 are the specimen's outline and are left out.
+    Frequencies within BLOCK / 2 steps of 0 are the specimen's outline and are left out; a step is one over the volume's
+    length, and RIM wants a length of five cells or more: of reflections closer than that the stronger one is seen.
     """
     power = _power(volume, window)
     noise = _noise(power)
@@ -184,8 +184,8 @@ def shell_correlation(a: np.ndarray, b: np.ndarray, voxel: float, axis: str | No
     if axis is not None:
         kept &= (np.abs(q[_axis(axis)]) >= np.cos(np.radians(cone)) * radius) != outside
     shell = np.rint(radius[kept] / step).astype(int)
-    cross, power_a, power_b = (np.bincount(shell, v[kept])[1:] for v in ((first * second.conj()).real,
-                                                                         np.abs(first) ** 2, np.abs(second) ** 2))
+    products = (first * second.conj()).real, np.abs(first) ** 2, np.abs(second) ** 2
+    cross, power_a, power_b = (np.bincount(shell, v[kept])[1:] for v in products)
     number = np.bincount(shell)[1:] / 2  # q and -q say the same
     both = np.sqrt(power_a * power_b)
     correlation = np.divide(cross, both, out=np.zeros_like(cross), where=both > 0)

@@ -51,7 +51,7 @@ def apart(registered, atoms, size=SIZE):
 
 @pytest.mark.parametrize("model, edge, size, noise",
                          [(m, 1.7, SIZE, n) for m in ("co3o4", "coo") for n in (0.0, 1.0, 2.0)] +
-                         [("co3o4", 2.6, 96, 6.0), ("coo", 2.6, 96, 6.0)])
+                         [pytest.param(m, 2.6, 96, 6.0, marks=pytest.mark.slow) for m in ("co3o4", "coo")])
 def test_a_planted_crystal_is_found_where_it_lies(model, edge, size, noise):
     """The rotation within 0.2 degrees, the translation within 0.1 voxel, with a missing wedge of 2 x 25 degrees."""
     for seed in range(3):
@@ -179,11 +179,11 @@ def test_rayleigh_of_equal_points_is_the_closed_form():
 
 
 def test_rayleigh_of_oxygen_beside_cobalt():
-    """The paper needs 0.1 nm for atoms 0.1558 nm apart."""
+    """The paper needs about 0.1 nm for atoms 0.1558 nm apart, where cobalt's peak is 2.7 times as high."""
     found, projected = rayleigh("Co", "O", 0.1558), rayleigh("Co", "O", 0.1558, projected=True)
     true = rayleigh("Co", "O", 0.1922)
     print(f"Co-O at 0.1558 nm: {found:.4f} nm, projected {projected:.4f} nm; at the crystal's 0.1922 nm {true:.4f} nm")
-    assert found == pytest.approx(0.1, rel=0.15)
+    assert found == pytest.approx(0.089, rel=0.02)
     assert rayleigh("Co", "O", 0.2) > found > rayleigh("Au", "O", 0.1558)
     assert rayleigh("Co", "O", 0.1558, thermal=0.01) < found
     assert rayleigh("Co", "O", 0.1558, thermal=0.08) == 0
