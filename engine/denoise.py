@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 from scipy import fft, ndimage
+from skimage.restoration import denoise_nl_means
 
 from engine.data import DataError
 
@@ -71,11 +72,6 @@ def nonlocal_means(image: np.ndarray, strength: float = 0.6, noise: float | None
     image, noise = _image(image), _noise(image, strength, noise)
     if strength * noise == 0:
         return image
-    try:
-        from skimage.restoration import denoise_nl_means
-    except ImportError:
-        raise DataError("non-local means come from scikit-image, which is not installed: "
-                        "pip install 'tomoatlas[images]'") from None
     found: np.ndarray = denoise_nl_means(image, PATCH, DISTANCE, h=strength * noise, sigma=noise, preserve_range=True)
     return found.astype(np.float32)
 

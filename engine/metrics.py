@@ -120,7 +120,7 @@ def ssim_windowed(volume: np.ndarray, truth: np.ndarray, window: int = 7) -> flo
     """The mean SSIM (Wang et al., 2004) over windows of one element's volume (z, y, x), by scikit-image.
 
     The volume is brought to the scale of `scaled_mse` first, as HEBT has none. Along axes shorter than the window, a
-    single plane's for one, planes are compared one by one. ImportError where scikit-image is not installed.
+    single plane's for one, planes are compared one by one.
     """
     from skimage.metrics import structural_similarity
 

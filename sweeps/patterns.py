@@ -207,6 +207,11 @@ class Mspt(Model):
     refine: list[Literal["probe", "positions"]] = setting(
         ["probe"], "-", "what is corrected at each tilt: the probe; the scan positions", examples=["[]"])
     refine_after: int = setting(2, "-", "iterations before anything is refined", ge=0)
+    denoise: Literal["none", "nlm", "bm3d"] = setting(
+        "none", "-", "of phase images: nlm, non-local means; bm3d, an extra for non-commercial use")
+    strength: NotNegative = setting(0.6, "noise", "of denoise; 0 changes nothing")
+    sparsity: NotNegative = setting(
+        0.0, "noise", "of a single grain: Fourier peaks below it go; 1 is the universal threshold; 0: none go")
     levels: Annotated[list[Level], Field(min_length=1)] = setting(
         [Level(bins=4, rounds=20), Level(bins=2, rounds=30, free=["shift", "inplane"]),
          Level(bins=1, rounds=20, free=["shift", "inplane"])], "-", "of the alignment, coarse to fine")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ class Judge:
             whole, each = fractions.scores(quantified)
             found["metrics"] |= whole
             found["elements"] |= each
-        if self.sweep.system == "hebt" and self.data.truth is not None and find_spec("skimage"):
+        if self.sweep.system == "hebt" and self.data.truth is not None:
             found["elements"]["ssim_windowed"] = self._each(metrics.ssim_windowed, solution.volume, self.data.truth)
         return found
 

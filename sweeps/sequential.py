@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import align, mspt, ptychography
+from engine import align, denoise, mspt, ptychography
 from engine.data import DataError, Solution
 from engine.diffraction import DiffractionSeries
 from engine.euler import matrix
@@ -89,8 +89,12 @@ def _evaluated(sweep: Sweep, folder: Path) -> tuple[Solution, dict[str, Any]]:
 def chain(solver: Mspt) -> mspt.Settings:
     """The engine's settings of what follows the images."""
     levels = tuple(align.Level(level.bins, level.rounds, tuple(level.free)) for level in solver.levels)
-    numbers = {name: getattr(solver, name) for name in ("mask", "rounds", "blur")}
-    return mspt.Settings(alignment=align.Settings(levels, solver.steps, float(solver.clip)), **numbers)  # type: ignore[arg-type]
+    numbers: dict[str, Any] = {name: getattr(solver, name) for name in ("mask", "rounds", "blur")}
+    asked = denoise.Settings(solver.denoise, float(solver.strength), float(solver.sparsity))  # type: ignore[arg-type]
+    if solver.denoise != "none" or asked.sparsity > 0:
+        numbers["denoise"] = lambda images: np.stack([denoise.denoise(image, asked) for image in images])
+    return mspt.Settings(alignment=align.Settings(levels, solver.steps, float(solver.clip)),  # type: ignore[arg-type]
+                         **numbers)
 
 
 def _images(sweep: Sweep, folder: Path, series: DiffractionSeries) -> tuple[np.ndarray, dict[str, float]]:

@@ -140,7 +140,6 @@ def test_scaled_mse_is_the_least_of_all_scales(truth):
 
 
 def test_the_windowed_ssim_is_1_for_equals_and_sees_what_the_structure_term_does_not(truth):
-    pytest.importorskip("skimage")
     t = truth[0]
     assert ssim_windowed(5 * t, t) == pytest.approx(1)
     noise = np.random.default_rng(0).normal(size=t.shape)
