@@ -50,16 +50,17 @@ class Settings:
     """Numbers of one solve.
 
     slices: how many; depth: [nm] that they fill together, from the entrance face. iterations: passes over all patterns.
-    group: probes in one step, 0 for all. step: in units of the inverse curvature. momentum: share of an iteration's
-    change that is added before the next. loss: `amplitude`, or `poisson` for few counts. absorption: whether slices
-    absorb as well. modes: incoherent ones of the probe. coupling: of neighbouring slices, which each iteration smooths
-    by (1 + coupling D' D)^-1. refine: `probe` and `positions` are corrected after so many iterations, `refine_after`.
+    group: probes in one step, 0 for all; few overstep: with 16 the error stalls sooner than with 64. step: in units of
+    the inverse curvature. momentum: share of an iteration's change that is added before the next. loss: `amplitude`, or
+    `poisson` for few counts. absorption: whether slices absorb as well. modes: incoherent ones of the probe. coupling:
+    of neighbouring slices, which each iteration smooths by (1 + coupling D' D)^-1. refine: `probe` and `positions` are
+    corrected after so many iterations, `refine_after`.
     """
 
     slices: int = 5
     depth: float = 15.0
     iterations: int = 30
-    group: int = 16
+    group: int = 64
     step: float = 1.0
     momentum: float = 0.5
     loss: Literal["amplitude", "poisson"] = "amplitude"
@@ -122,7 +123,8 @@ def reconstruct(series: DiffractionSeries, tilt: int, settings: Settings, *, che
     `held_out_error` is then among the metrics. fields: `light` (y, x), electrons of all patterns that met a pixel, in
     those of the brightest; `probe` (mode, part, n, n), amplitude and phase [rad] of its spectra, frequency 0 at n // 2;
     `positions` (probe, 2) [nm]; `absorption` (slice, y, x). metrics: `error`, of the amplitudes, squared, relative to
-    their squares; `defocus` [nm] and `moved` [pm] where they were refined.
+    their squares; `defocus` [nm] and `moved` [pm] where they were refined. history: `error` as the groups were met,
+    before their steps.
     """
     patterns = series.patterns[tilt]
     way, problem, chosen = build(series, patterns, settings, fitted)
@@ -148,6 +150,7 @@ def build(series: DiffractionSeries, patterns: np.ndarray, settings: Settings,
     if fitted.shape != (count,) or not fitted.any():
         raise DataError(f"the patterns to fit are marked in shape {fitted.shape}; ({count},) with one or more of them "
                         "is needed")
+    _checked(settings)
     if settings.slices < 1 or settings.depth <= 0:
         raise DataError(f"{settings.slices} slices of {settings.depth:g} nm together hold no specimen; give one or "
                         "more, and a depth above 0")
@@ -168,6 +171,17 @@ def build(series: DiffractionSeries, patterns: np.ndarray, settings: Settings,
                   opened(made), aberrations(made), smooth.astype(np.float32), *numbers)
     way = Way(field, settings.slices, settings.modes, settings.loss, settings.absorption, tuple(settings.refine))
     return way, jax.tree.map(jnp.asarray, Problem(*parts)), chosen
+
+
+def _checked(settings: Settings) -> None:
+    unknown = set(settings.refine) - {"probe", "positions"}
+    if isinstance(settings.refine, str) or unknown or settings.loss not in ("amplitude", "poisson"):
+        raise DataError(f"refine {settings.refine!r} and loss {settings.loss!r}: refine is a list of probe and "
+                        "positions, loss is amplitude or poisson")
+    if settings.modes < 1 or settings.group < 0 or not settings.step > 0 or settings.iterations < 1:
+        raise DataError(f"{settings.iterations} iterations, steps of {settings.step:g}, groups of {settings.group} and "
+                        f"{settings.modes} modes: one iteration and mode, and a step above 0, are the least; a group "
+                        "of 0 is all probes")
 
 
 def windows(positions: np.ndarray, size: int, pixel: float) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:

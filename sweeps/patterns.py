@@ -197,7 +197,7 @@ class Mspt(Model):
     slices: WholeTunable = setting(5, "slices", "ptychography: of a tilt, of one thickness")
     depth: Found = setting(None, "nm", "that the slices fill; auto: as much as the patterns' field is wide",
                            examples=["auto"])
-    group: int = setting(16, "probes", "that take a step together; 0: all", ge=0)
+    group: int = setting(64, "probes", "that take a step together; 0: all", ge=0)
     step: Weight = setting(1.0, "1/curvature", "length of a step")
     momentum: Share = setting(0.5, "-", "share of an iteration's change that is added before the next")
     loss: Literal["amplitude", "poisson"] = setting("amplitude", "-", "what is minimised; poisson: for few counts")

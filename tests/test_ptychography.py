@@ -63,7 +63,7 @@ def series():
     return measured(specimen())
 
 
-ASKED = Settings(slices=2, depth=DEPTH, iterations=40, refine=())
+ASKED = Settings(slices=2, depth=DEPTH, iterations=40, group=16, refine=())
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +232,12 @@ def test_what_cannot_be_solved_is_refused(series):
         reconstruct(series, 0, replace(ASKED, slices=0))
     with pytest.raises(DataError, match="empty"):
         reconstruct(replace(series, patterns=0 * series.patterns), 0, ASKED)
+    for wrong in ({"refine": ("probes",)}, {"refine": "probe"}, {"loss": "Amplitude"}):
+        with pytest.raises(DataError, match="refine is a list"):
+            reconstruct(series, 0, replace(ASKED, **wrong))
+    for wrong in ({"modes": 0}, {"group": -1}, {"step": -1.0}, {"iterations": 0}):
+        with pytest.raises(DataError, match="are the least"):
+            reconstruct(series, 0, replace(ASKED, **wrong))
     with pytest.raises(DataError, match="marked in shape"):
         reconstruct(series, 0, ASKED, fitted=np.ones(3, bool))
     with pytest.raises(DataError, match="no pixel"):
