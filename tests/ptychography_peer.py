@@ -30,8 +30,7 @@ def prepared(given: dict[str, np.ndarray]) -> Any:
         "energy": 1e3 * float(given["voltage"]), "semiangle_cutoff": float(given["aperture"]), "rolloff": 0.0,
         "polar_parameters": {"defocus": 10 * (float(given["defocus"]) - thickness / 2)},
         "datacube": py4DSTEM.DataCube(patterns.reshape(rows, rows, size, size).astype(np.float32)),
-        "initial_scan_positions": 10 * positions, "object_fov_ang": 2 * (10 * pixel * (float(given["field"]) - 0.5),),
-        "object_type": "potential", "verbose": False, "device": "cpu"}
+        "initial_scan_positions": 10 * positions, "object_type": "potential", "verbose": False, "device": "cpu"}
     if slices == 1:
         work = SingleslicePtychography(**asked)
     else:
