@@ -264,6 +264,8 @@ def widened(array: jax.Array, wide: int) -> jax.Array:
 
 def narrowed(array: jax.Array, size: int) -> jax.Array:
     """The frequencies that `widened` keeps."""
+    if array.shape[-1] == size:
+        return array
     half = (size + 1) // 2
     rolled = jnp.roll(array, (size - half, size - half), (-2, -1))[..., :size, :size]
     return jnp.roll(rolled, (half - size, half - size), (-2, -1))

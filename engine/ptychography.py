@@ -29,7 +29,7 @@ from engine.data import DataError, Solution
 from engine.diffraction import DiffractionSeries
 from engine.groups import grouped
 from engine.iterate import Keep, outcomes, settled, solve
-from engine.multislice import FLOOR, Beam, aberrations, beam, defocus_between, opened, probes, propagator
+from engine.multislice import FLOOR, Beam, aberrations, beam, defocus_between, narrowed, opened, probes, propagator
 
 TERMS = ("error",)
 MODEST = 0.1  # share of the brightest pixel's electrons below which a step grows no further
@@ -54,7 +54,8 @@ class Settings:
     the inverse curvature. momentum: share of an iteration's change that is added before the next. loss: `amplitude`, or
     `poisson` for few counts. absorption: whether slices absorb as well. modes: incoherent ones of the probe. coupling:
     of neighbouring slices, which each iteration smooths by (1 + coupling D' D)^-1. refine: `probe` and `positions` are
-    corrected after so many iterations, `refine_after`.
+    corrected after so many iterations, `refine_after`. finer: pixels of a wave along a pixel's edge; with 1 electrons
+    that miss the detector fold back onto it, and what the fit makes of them is noise.
     """
 
     slices: int = 5
@@ -69,6 +70,7 @@ class Settings:
     coupling: float = 0.0
     refine: Sequence[Literal["probe", "positions"]] = ("probe",)
     refine_after: int = 2
+    finer: int = 1
     tolerance: float = 0.0
 
 
@@ -129,7 +131,7 @@ def reconstruct(series: DiffractionSeries, tilt: int, settings: Settings, *, che
     patterns = series.patterns[tilt]
     way, problem, chosen = build(series, patterns, settings, fitted)
     first, wrong = jax.jit(_bound(_start, way))(problem), jax.jit(_bound(_misfit, way))
-    observed = None if observe is None else lambda n, state: observe(n, np.asarray(state.object[:1]))
+    observed = None if observe is None else lambda n, state: observe(n, _merged(state.object[:1], settings.finer))
     run = solve(_bound(_iteration, way), problem, (first, wrong(problem, first)[None]), settings.iterations,
                 tolerance=settings.tolerance, checkpoints=checkpoints, observe=observed, keep=keep)
     outcome = outcomes(run, tolerance=settings.tolerance)[0]
@@ -137,9 +139,9 @@ def reconstruct(series: DiffractionSeries, tilt: int, settings: Settings, *, che
     if fitted is not None and not np.all(fitted):
         rest = build(series, patterns, settings, ~np.asarray(fitted, bool))[1]
         metrics["held_out_error"] = float(wrong(rest, run.state))
-    fields, told = _found(way, series, problem, chosen, run.state)
-    return Solution(np.asarray(run.state.object[:1]), dict(zip(TERMS, outcome.history.T)), outcome.status, outcome.ok,
-                    metrics | told, fields)
+    fields, told = _found(way, series, problem, chosen, run.state, settings.finer)
+    return Solution(_merged(run.state.object[:1], settings.finer), dict(zip(TERMS, outcome.history.T)),
+                    outcome.status, outcome.ok, metrics | told, fields)
 
 
 def build(series: DiffractionSeries, patterns: np.ndarray, settings: Settings,
@@ -154,16 +156,17 @@ def build(series: DiffractionSeries, patterns: np.ndarray, settings: Settings,
     if settings.slices < 1 or settings.depth <= 0:
         raise DataError(f"{settings.slices} slices of {settings.depth:g} nm together hold no specimen; give one or "
                         "more, and a depth above 0")
-    field, corners, places = windows(series.positions, size, series.pixel)
-    chosen = grouped(series.positions, settings.group, size, settings.slices)
+    wide, pixel = settings.finer * size, series.pixel / settings.finer
+    field, corners, places = windows(series.positions, wide, pixel, settings.finer)
+    chosen = grouped(series.positions, settings.group, wide, settings.slices)
     weights = ((chosen >= 0) & fitted[chosen])[..., None, None].astype(np.float32)
     amplitudes = np.sqrt(np.fft.ifftshift(patterns, axes=(1, 2)) / np.float32(series.electrons))[chosen]
     squares = float((weights * amplitudes.astype(np.float64) ** 2).sum())
     if squares == 0:
         raise DataError("every pattern to fit is empty; check the patterns' units and which of them are fitted")
     thickness = settings.depth / settings.slices
-    made = beam(size, series.pixel, series.optics, thickness)
-    halfway = propagator(size, series.pixel, series.optics.wavelength, (settings.depth - thickness) / 2)
+    made = beam(wide, pixel, series.optics, thickness)
+    halfway = propagator(wide, pixel, series.optics.wavelength, (settings.depth - thickness) / 2)
     drop = np.diff(np.eye(settings.slices), axis=0)
     smooth = np.linalg.inv(np.eye(settings.slices) + settings.coupling * drop.T @ drop)
     numbers = map(np.float32, (settings.step, settings.momentum, squares, settings.refine_after))
@@ -178,17 +181,20 @@ def _checked(settings: Settings) -> None:
     if isinstance(settings.refine, str) or unknown or settings.loss not in ("amplitude", "poisson"):
         raise DataError(f"refine {settings.refine!r} and loss {settings.loss!r}: refine is a list of probe and "
                         "positions, loss is amplitude or poisson")
-    if settings.modes < 1 or settings.group < 0 or not settings.step > 0 or settings.iterations < 1:
+    least = min(settings.finer, settings.modes, settings.iterations)
+    if least < 1 or settings.group < 0 or not settings.step > 0:
         raise DataError(f"{settings.iterations} iterations, steps of {settings.step:g}, groups of {settings.group} and "
                         f"{settings.modes} modes: one iteration and mode, and a step above 0, are the least; a group "
                         "of 0 is all probes")
 
 
-def windows(positions: np.ndarray, size: int, pixel: float) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+def windows(positions: np.ndarray, size: int, pixel: float,
+            finer: int = 1) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
     """The field [pixel] (y, x) that holds the windows of all probes, its centre that of the coordinates; where each
-    window begins (probe, 2); and where each probe lies [nm] from its window's middle."""
+    window begins (probe, 2); and where each probe lies [nm] from its window's middle. finer: pixels that are to become
+    one, of which the field has an even number."""
     reach = np.abs(positions).max(0) / pixel
-    field = 2 * (np.ceil(reach).astype(int) + (size + 1) // 2 + MARGIN)
+    field = 2 * finer * np.ceil((np.ceil(reach).astype(int) + (size + 1) // 2 + MARGIN) / finer).astype(int)
     first = positions / pixel + (field - size) / 2
     corners = np.round(first).astype(np.int32)
     return (int(field[0]), int(field[1])), corners, ((first - corners) * pixel).astype(np.float32)
@@ -294,7 +300,8 @@ def _loss(way: Way, problem: Problem, slices: jax.Array, modes: jax.Array,
           batch: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     """What a batch of probes contributes to the loss, and its squared error of amplitudes."""
     amplitudes, weights, corners, places = batch
-    intensity = (jnp.abs(_far_fields(way, problem, slices, modes, corners, places)) ** 2).sum(0)
+    everywhere = (jnp.abs(_far_fields(way, problem, slices, modes, corners, places)) ** 2).sum(0)
+    intensity = narrowed(everywhere, amplitudes.shape[-1])  # what the detector sees
     lengths = jnp.sqrt(intensity + FLOOR**2)
     error = (weights * (lengths - amplitudes) ** 2).sum()
     if way.loss == "amplitude":
@@ -372,11 +379,12 @@ def _slopes(way: Way, problem: Problem, slices: jax.Array, modes: jax.Array, bat
     """What amplitudes of far fields lack (probe, n, n), and how they grow (k, probe, n, n) with phases `ways` (k, n, n)
     of all modes' spectra: far fields are linear in them."""
     amplitudes, _, corners, places = batch
-    field = _far_fields(way, problem, slices, modes, corners, places)
+    size = amplitudes.shape[-1]
+    field = narrowed(_far_fields(way, problem, slices, modes, corners, places), size)
     length = jnp.maximum(jnp.sqrt((jnp.abs(field) ** 2).sum(0)), FLOOR)
 
     def grown(along: jax.Array) -> jax.Array:
-        change = _far_fields(way, problem, slices, 1j * along * modes, corners, places)
+        change = narrowed(_far_fields(way, problem, slices, 1j * along * modes, corners, places), size)
         return (jnp.conj(field) * change).real.sum(0) / length
 
     return amplitudes - length, jax.lax.map(grown, ways)
@@ -391,19 +399,27 @@ def _misfit(way: Way, problem: Problem, state: State) -> jax.Array:
     return jax.lax.map(lambda group: jax.lax.map(batch, group), groups).sum() / problem.squares
 
 
-def _found(way: Way, series: DiffractionSeries, problem: Problem, chosen: np.ndarray,
-           state: State) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def _merged(fine: jax.Array, finer: int) -> np.ndarray:
+    """Means (..., y, x) of so many pixels along y and x."""
+    array = np.asarray(fine)
+    *rest, ny, nx = array.shape
+    return array.reshape(*rest, ny // finer, finer, nx // finer, finer).mean((-3, -1)) if finer > 1 else array
+
+
+def _found(way: Way, series: DiffractionSeries, problem: Problem, chosen: np.ndarray, state: State,
+           finer: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """What a solve has found beside the phases, as fields and in numbers."""
     modes, real = np.fft.fftshift(np.asarray(state.modes), axes=(1, 2)), chosen >= 0
-    _, corners, places = windows(series.positions, modes.shape[-1], series.pixel)
-    light = np.asarray(jax.jit(_bound(_lit, way))(problem, state))
+    pixel = series.pixel / finer
+    _, corners, places = windows(series.positions, modes.shape[-1], pixel, finer)
+    light = _merged(jax.jit(_bound(_lit, way))(problem, state), finer)
     fields = {"light": light / light.max(), "probe": np.stack([np.abs(modes), np.angle(modes)], 1).astype(np.float32)}
     told: dict[str, float] = {}
     if way.absorption:
-        fields["absorption"] = np.asarray(state.object[1])
+        fields["absorption"] = _merged(state.object[1], finer)
     if "probe" in way.refine:
         begun, first = np.asarray(problem.beam.spectrum), np.asarray(state.modes[0])
-        told["defocus"] = series.optics.defocus + defocus_between(begun, first, series.optics.wavelength, series.pixel)
+        told["defocus"] = series.optics.defocus + defocus_between(begun, first, series.optics.wavelength, pixel)
     if "positions" in way.refine:
         moved = np.zeros_like(places)
         moved[chosen[real]] = np.asarray(state.places)[real] - places[chosen[real]]

@@ -33,7 +33,7 @@ def solve(sweep: Sweep, *, elements: int, shape: tuple[int, int, int], haadf_til
                                    held=2 if streamed else None, moving="positions" in solver.refine)
     if isinstance(solver, Mspt):
         return estimate.multislice(size=shape[2], tilts=chem_tilts, probes=probes, iterations=iterations, held=2,
-                                   slices=1 if method == "sspt" else max(ends(solver.slices)),
+                                   finer=solver.finer, slices=1 if method == "sspt" else max(ends(solver.slices)),
                                    moving="positions" in solver.refine)
     if isinstance(solver, Fused3D):
         inner = 0 if method in MAPS_ONLY else max(ends(solver.inner))

@@ -202,6 +202,8 @@ class Mspt(Model):
     momentum: Share = setting(0.5, "-", "share of an iteration's change that is added before the next")
     loss: Literal["amplitude", "poisson"] = setting("amplitude", "-", "what is minimised; poisson: for few counts")
     absorption: bool = setting(False, "-", "whether slices absorb as well")
+    finer: int = setting(1, "pixels", "of a wave along a pixel's edge; above 1, what misses the detector stays away",
+                         ge=1)
     modes: int = setting(1, "-", "incoherent modes of the probe", ge=1)
     coupling: NotNegative = setting(0.0, "-", "by which neighbouring slices are smoothed toward each other")
     refine: list[Literal["probe", "positions"]] = setting(

@@ -25,7 +25,7 @@ from sweeps.patterns import Mspt, Recorded, Scanned, crystal_of
 from sweeps.settings import Sweep, dump
 
 FIRST = ("iterations", "slices", "depth", "group", "step", "momentum", "loss", "absorption", "modes", "coupling",
-         "refine", "refine_after", "method")  # settings of the solver that an image follows from
+         "refine", "refine_after", "finer", "method")  # settings of the solver that an image follows from
 COMMON = 1e-3  # by which axes of turns may differ, as unit vectors
 ROUND = 5  # steps of the volume in one of solver.rounds
 

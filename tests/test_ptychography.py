@@ -159,6 +159,31 @@ def test_an_absorbing_slice_is_told_from_a_phase():
     assert result.metrics["error"] < 0.1 * reconstruct(data, 0, replace(asked, absorption=False)).metrics["error"]
 
 
+def test_finer_waves_keep_apart_what_misses_the_detector():
+    """Patterns of a specimen on pixels half as wide, of which the detector sees the inner half: with waves no wider
+    than the detector what lies beyond folds back."""
+    size, pixel = 2 * SIZE, PIXEL / 2
+    field = windows(raster(), size, pixel, 2)[0][0]
+    axis = np.arange(field) - (field - 1) / 2
+    near = np.exp(-((axis[:, None] - 7) ** 2 + (axis - 3) ** 2) / 8) + np.exp(-((axis[:, None] + 9) ** 2 + axis**2) / 8)
+    made, q = beam(size, pixel, OPTICS, DEPTH), np.fft.fftfreq(size)
+    patterns = []
+    for place in raster() / pixel + (field - 1) / 2:
+        first = np.round(place - (size - 1) / 2).astype(int)
+        ramps = [np.exp(-2j * np.pi * q * v) for v in place - first]
+        psi = np.fft.ifft2(np.asarray(made.spectrum, complex) * np.outer(*ramps), norm="ortho")
+        seen = near[first[0]:first[0] + size, first[1]:first[1] + size]
+        patterns.append(np.fft.fftshift(np.abs(np.fft.fft2(np.exp(1j * 1.5 * seen) * psi, norm="ortho")) ** 2))
+    inner = np.array([patterns])[:, :, SIZE // 2:3 * SIZE // 2, SIZE // 2:3 * SIZE // 2]
+    data = DiffractionSeries(inner, np.zeros(1), raster(), PIXEL, OPTICS)
+    plain, fine = (reconstruct(data, 0, replace(ASKED, slices=1, iterations=60, finer=n)) for n in (1, 2))
+    assert fine.metrics["error"] < 0.2 * plain.metrics["error"]
+    assert fine.volume.shape[2] == field // 2 and fine.volume.shape[2] % 2 == 0
+    truth = near.reshape(field // 2, 2, field // 2, 2).mean((1, 3))
+    lit = fine.fields["light"] > 0.1
+    assert np.corrcoef(fine.volume[0, 0][lit], truth[lit])[0, 1] > 0.98
+
+
 def test_coupled_slices_differ_less(series):
     def rough(coupling):
         volume = reconstruct(series, 0, replace(ASKED, slices=4, iterations=5, coupling=coupling)).volume[0]
