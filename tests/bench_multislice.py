@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine.atoms import nanoparticle, potential_slices
-from engine.mset import ALL_SLICES, FEWEST, ONE_SLICE
+from engine.groups import ALL_SLICES, FEWEST, ONE_SLICE
 from engine.multislice import Optics, batches, beam, error_and_gradient, far_field, kept_gradient, probes
 from tests.bench import publish
 
