@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import fused3d, kernels, metrics, mset, simulate
+from engine import fused3d, groups, kernels, metrics, mset, simulate
 from engine.coupling import couple_reference
 from engine.data import MultiModal
 from engine.diffraction import DiffractionSeries
@@ -354,7 +354,7 @@ def multislice_table(size: int, bandwidth: float) -> str:
     lines = ["| size | slices | probes at once | | µs per probe and slice | share of copy bandwidth |",
              "|---|---|---|---|---|---|"]
     platform = "cpu" if jax.default_backend() == "cpu" else "gpu"
-    one, kept = mset.ONE_SLICE[platform], mset.ALL_SLICES[platform] // size
+    one, kept = groups.ONE_SLICE[platform], groups.ALL_SLICES[platform] // size
     for kind, most, form in (("forward", one, None), ("rebuilt", one, error_and_gradient),
                              ("kept", kept, kept_gradient)):
         note(f"multislice at {size}^2, {kind}")
