@@ -71,7 +71,7 @@ def summed(form: Callable) -> Callable[..., Any]:
     def run(made: Any, positions: jax.Array, phases: jax.Array, amplitudes: jax.Array) -> Any:
         def batch(sums: Any, given: Any) -> Any:
             at, seen = given
-            one = form(probes(made, at), phases, made.propagator, seen, jnp.float32(1))
+            one = form(probes(made, at), phases, made.propagator, seen, jnp.float32(1))[:2]  # not the waves' own
             return jax.tree.map(jnp.add, sums, one), None
 
         return jax.lax.scan(batch, (jnp.float32(0), jnp.zeros_like(phases)), (positions, amplitudes))[0]
