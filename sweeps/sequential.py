@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from engine.iterate import Keep
 from engine.metrics import nrmse
 from sweeps import atomic, crystalline, imported, needs, scanned, stages
 from sweeps.patterns import Mspt, Recorded, Scanned, crystal_of
-from sweeps.settings import Sweep, dump
+from sweeps.settings import Range, Sweep, dump
 
 FIRST = ("iterations", "slices", "depth", "group", "step", "momentum", "loss", "absorption", "modes", "coupling",
          "refine", "refine_after", "finer", "method")  # settings of the solver that an image follows from
@@ -90,11 +91,17 @@ def chain(solver: Mspt) -> mspt.Settings:
     """The engine's settings of what follows the images."""
     levels = tuple(align.Level(level.bins, level.rounds, tuple(level.free)) for level in solver.levels)
     numbers: dict[str, Any] = {name: getattr(solver, name) for name in ("mask", "rounds", "blur")}
-    asked = denoise.Settings(solver.denoise, float(solver.strength), float(solver.sparsity))  # type: ignore[arg-type]
+    strength, sparsity, clip = (_number(value) for value in (solver.strength, solver.sparsity, solver.clip))
+    asked = denoise.Settings(solver.denoise, strength, sparsity)
     if solver.denoise != "none" or asked.sparsity > 0:
         numbers["denoise"] = lambda images: np.stack([denoise.denoise(image, asked) for image in images])
-    return mspt.Settings(alignment=align.Settings(levels, solver.steps, float(solver.clip)),  # type: ignore[arg-type]
-                         **numbers)
+    return mspt.Settings(alignment=align.Settings(levels, solver.steps, clip), **numbers)
+
+
+def _number(value: float | Range[float]) -> float:
+    """A setting of a trial, of which a search has made a number."""
+    assert not isinstance(value, Range)
+    return float(value)
 
 
 def _images(sweep: Sweep, folder: Path, series: DiffractionSeries) -> tuple[np.ndarray, dict[str, float]]:
@@ -110,8 +117,8 @@ def _images(sweep: Sweep, folder: Path, series: DiffractionSeries) -> tuple[np.n
               "solver": values, "folds": sweep.search.folds if held else 0}
     fitted = scanned.left_out(series, sweep.search.folds, sweep.seed) if held else None
     depth = solver.depth or series.size * series.pixel
-    given = values | {"depth": depth, "slices": 1 if solver.method == "sspt" else solver.slices}
-    chosen = ptychography.Settings(**{k: v for k, v in given.items() if k != "method"})  # type: ignore[arg-type]
+    given: dict[str, Any] = values | {"depth": depth, "slices": 1 if solver.method == "sspt" else solver.slices}
+    chosen = ptychography.Settings(**{k: v for k, v in given.items() if k != "method"})
     tilts = len(series.angles)
     needs.check_memory(sweep, needs.solve(sweep, elements=1, shape=(series.size,) * 3, haadf_tilts=0, chem_tilts=tilts,
                                           probes=len(series.positions)), 1)
@@ -124,7 +131,7 @@ def _images(sweep: Sweep, folder: Path, series: DiffractionSeries) -> tuple[np.n
     kept: dict[int, stages.Arrays] = {}
     begin = os.getpid() * round(tilts * 0.618) % tilts
     for tilt in ((begin + k) % tilts for k in range(tilts)):
-        kept[tilt] = stages.stage(folder, "tilt", inputs | {"tilt": tilt}, lambda tilt=tilt: made(tilt))  # type: ignore[misc]
+        kept[tilt] = stages.stage(folder, "tilt", inputs | {"tilt": tilt}, partial(made, tilt))
     means = {name: float(np.mean([kept[t][name] for t in kept])) for name in kept[0] if name != "phase"}
     return np.stack([kept[t]["phase"] for t in range(tilts)]), means
 

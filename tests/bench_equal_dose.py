@@ -9,11 +9,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from engine import adf, diffraction, mset
-from engine.data import TiltSeries
+from engine.data import Solution, TiltSeries
 from engine.diffraction import DiffractionSeries, Scan
 from engine.tracing import Comparison
 from tests.bench import publish
@@ -59,17 +61,17 @@ class Found:
 
 def solved(data: Data, method: str, dose: float | None, weight: float) -> Found:
     """One solve; its CPU seconds with compilation."""
-    solve: Callable[[], np.ndarray]
+    solve: Callable[[], Solution]
     if method in METHODS:
         series = data.patterns if dose is None else diffraction.with_dose(data.patterns, dose)
-        chosen = mset.Settings(iterations=ITERATIONS[data.case.size], lambda_tv=weight, **METHODS[method])  # type: ignore[arg-type]
-        solve = lambda: mset.reconstruct(series, chosen).volume[0]  # noqa: E731
+        asked: dict[str, Any] = {"iterations": ITERATIONS[data.case.size], "lambda_tv": weight, **METHODS[method]}
+        solve = partial(mset.reconstruct, series, mset.Settings(**asked))
     else:
         images = data.images if dose is None else adf.with_dose(data.images, dose)
-        linear = adf.Settings(method, lambda_tv=weight)  # type: ignore[arg-type]
-        solve = lambda: adf.reconstruct(images, linear).volume[0]  # noqa: E731
+        asked = {"method": method, "lambda_tv": weight}
+        solve = partial(adf.reconstruct, images, adf.Settings(**asked))
     begun = time.process_time()
-    volume = solve()
+    volume = solve().volume[0]
     found = Found(weight, data.case.scored(volume, data.patterns.pixel), time.process_time() - begun)
     print(method, dose, f"{weight:g} {found.rmsd:.2f} pm {found.seconds:.0f} s", flush=True)
     return found
