@@ -3,11 +3,12 @@
 Nothing is kept here that does not follow from the journal: every event is appended to it, then applied to a
 `History`, and a run that continues applies the same events again. A kill costs the trials that were running.
 
-A message to a worker:  {"cell", "folder", "trials": [{"trial", "attempt", "kind", "params", "settings"}]}
+A message to a worker:  {"cell", "folder", "trials": [{"trial", "attempt", "kind", "params", "settings"}], "help"?}
 Its answer, per trial:  [{"status": "ok" | sentence, "objective", "metrics": {name: number},
                           "elements": {name: {element: number}}, "checkpoints": [{"iterations", "objective",
                           "metrics", "elements"}], "iterations", "seconds", "batch", "worker", "volume": path | null}]
-The trials of a message are of one cell and one fidelity, so that a solver can take them together.
+The trials of a message are of one cell and one fidelity, so that a solver can take them together. Where there is no
+trial for a worker, and what others have at hand can be shared (`SHARED`), it is asked to `help` with one of theirs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from sweeps.limits import Ledger
 from sweeps.search import CellSearch, searches
 from sweeps.settings import Sweep, dump
 
+SHARED = ("mspt",)  # systems whose trials begin with stages that any worker can make
 LOSSES = 3  # workers that may die over one trial before it becomes a failed row
 INTERRUPTIONS = 20  # ends of the whole run during one trial: MPICH ends a job when one of its workers dies
 GRACE = 20.0  # [s] for running trials after the first signal; Slurm kills 30 s after SIGTERM
@@ -97,12 +99,18 @@ class _Run:
             for row in self.history.cell(cell.id).rows.values():
                 if row.result is not None:
                     ledger.add(cell, row.result)
+        for event in journal.events:
+            if event["event"] == "help" and event["cell"] in self.searches:
+                ledger.helped(self.searches[event["cell"]].cell, event["seconds"])
         self.dispatching = Dispatch(self.searches, advisers, lambda: len(journal.events) + len(self.unwritten),
                                     lambda: len(workers.names()), lambda search: ledger.refusal(search.cell), self.ask)
         self.unwritten: list[dict[str, Any]] = []  # events that count already, but are not on the disk yet
         self.untold: list[Callable[[], None]] = []  # what the observer hears once it is on the disk
         self.jobs: dict[str, list[dict[str, Any]]] = {}  # asks by worker
+        self.helping: dict[str, dict[str, Any]] = {}  # the ask, by worker that helps with it
         self.since: dict[str, float] = {}  # when each worker got them
+        self.helped: set[tuple[str, str, int, int]] = set()  # worker, cell, trial, attempt
+        self.sharing = any(cell.sweep.system in SHARED for cell in cells)
         self.expired: set[str] = set()  # workers given up in the middle of a trial
         self.changed: set[str] = set()  # cells the atlas has not seen yet
         self.messages: dict[tuple[str, float], str] = {}  # settings of a trial but for its params, JSON
@@ -167,6 +175,7 @@ class _Run:
             self.jobs[worker], self.since[worker] = asks, self.clock.monotonic()
             messages.append((worker, self.message(asks)))
         self.flush()
+        messages += self.helps()
         for worker, message in messages:
             self.workers.submit(worker, message)
         waiting = self.dispatching.placed and self.dispatching.requests
@@ -182,6 +191,24 @@ class _Run:
         return {"cell": asks[0]["cell"], "folder": self.place, "trials": [
             {key: ask[key] for key in ("trial", "attempt", "kind", "params")} | {"settings": self.settings(ask)}
             for ask in asks]}
+
+    def helps(self) -> list[tuple[str, dict[str, Any]]]:
+        """Messages to workers that have nothing to do, while others have trials that can be shared; once for each."""
+        if not self.sharing:
+            return []
+        free = [w for w in self.workers.idle() if w not in self.jobs and w not in self.dispatching.placed]
+        at_work = [ask for asks in self.jobs.values() for ask in asks
+                   if self.searches[ask["cell"]].cell.sweep.system in SHARED]
+        messages = []
+        for worker in free:
+            fresh = [ask for ask in at_work if (worker, ask["cell"], ask["trial"], ask["attempt"]) not in self.helped]
+            if fresh:
+                helped = [(ask["cell"], ask["trial"]) for ask in self.helping.values()]
+                ask = min(fresh, key=lambda each: helped.count((each["cell"], each["trial"])))
+                self.helped.add((worker, ask["cell"], ask["trial"], ask["attempt"]))
+                self.helping[worker], self.since[worker] = ask, self.clock.monotonic()
+                messages.append((worker, self.message([ask]) | {"help": True}))
+        return messages
 
     def settings(self, ask: dict[str, Any]) -> dict[str, Any]:
         """The settings of a trial. Those of a cell's searched trials are worked out once: that takes milliseconds."""
@@ -220,7 +247,7 @@ class _Run:
 
     def expire(self, now: float) -> None:
         """Give up workers whose trials take longer than they may."""
-        for worker, asks in self.jobs.items():
+        for worker, asks in [*self.jobs.items(), *((worker, [ask]) for worker, ask in self.helping.items())]:
             allowed = self.searches[asks[0]["cell"]].cell.sweep.search.trial_timeout
             if allowed is not None and now - self.since[worker] > allowed * len(asks) and worker not in self.expired:
                 self.expired.add(worker)
@@ -233,6 +260,9 @@ class _Run:
             self.dispatching.gone(event.worker)
         asks, late = self.jobs.pop(event.worker, []), event.worker in self.expired
         self.expired.discard(event.worker)
+        if event.worker in self.helping:
+            self.thanked(event, self.helping.pop(event.worker))
+            return
         for ask in asks:
             self.searches[ask["cell"]].at_work.discard(ask["trial"])
         if event.results is None:
@@ -245,10 +275,22 @@ class _Run:
                     self.lose(ask, event.worker, event.lost or "")
             return
         for ask, result in zip(asks, event.results, strict=True):
-            if "fatal" in result:
-                self.flush()
-                raise RunError(f"{result['fatal']}; {SAFE}")
+            self.go_on_after(result)
             self.finish(ask, {**result, "worker": result.get("worker") or event.worker})
+
+    def thanked(self, event: Event, ask: dict[str, Any]) -> None:
+        """Count a worker's help; the trial is another's, and what is wrong with it will be said there."""
+        for result in event.results or []:
+            self.go_on_after(result)
+            self.note({"event": "help", "cell": ask["cell"], "trial": ask["trial"], "worker": event.worker,
+                       "seconds": result["seconds"]})
+            self.ledger.helped(self.searches[ask["cell"]].cell, result["seconds"])
+
+    def go_on_after(self, result: dict[str, Any]) -> None:
+        """RunError where a worker found what ends the run."""
+        if "fatal" in result:
+            self.flush()
+            raise RunError(f"{result['fatal']}; {SAFE}")
 
     def finish(self, ask: dict[str, Any], answer: dict[str, Any]) -> None:
         """Note a result."""

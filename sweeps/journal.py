@@ -7,6 +7,7 @@ It is the truth; the atlas, the summary and the optimisers' states follow from i
     {"event": "result", "cell", "trial", "attempt", "status", "objective", ...}
     {"event": "lost", "cell", "trial", "attempt", "worker", "reason"}    # worker "": the whole run ended
     {"event": "again", "cell"}                                           # its rows so far are superseded
+    {"event": "help", "cell", "trial", "worker", "seconds"}              # with a trial that another worker has
     {"event": "stop" | "end", "reason"}
 
 Every line also carries "time" [s since 1970]. A searched trial was proposed from the first `seen` lines of the journal

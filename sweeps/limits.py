@@ -54,6 +54,10 @@ class Ledger:
             self.longest[cell.id] = max(span, self.longest.get(cell.id, 0.0))
             self.most = max(span, self.most)
 
+    def helped(self, cell: Cell, seconds: float) -> None:
+        """Count the time of a worker that helped with a trial of another."""
+        self.hours += seconds * cell.sweep.solver.devices / HOUR
+
     def left(self) -> float:
         """Seconds in which trials may still run."""
         return float("inf") if self.until is None else self.until - MARGIN - self.clock.time()

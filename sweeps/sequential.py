@@ -1,15 +1,13 @@
 """Trials of mspt: a phase image of each tilt, then their alignment and a potential, its atoms and their errors.
 
-Each tilt's image is a stage of its own: a run that was killed goes on at the tilt where it was, and trials that differ
-in what comes later share the images. Imports JAX, as a worker does.
+Each tilt's image is a stage of its own: workers share the tilts of a trial, a run that was killed goes on at the tilt
+where it was, and trials that differ in what comes later share the images. Imports JAX, as a worker does.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,11 @@ ROUND = 5  # steps of the volume in one of solver.rounds
 def evaluate(sweeps: Sequence[Sweep], folder: Path, batch: str) -> list[tuple[Solution, dict[str, Any]]]:
     """Solutions and scores, one after the other; `sweeps.trial` has what a batch is."""
     return [_evaluated(sweep, folder) for sweep in sweeps]
+
+
+def help_along(sweep: Sweep, folder: Path) -> None:
+    """Make images that a trial lacks, beside the worker that has it, until none is missing."""
+    _images(sweep, folder, scanned.recorded(sweep, folder))
 
 
 def about_one_axis(turns: np.ndarray) -> tuple[np.ndarray, float]:
@@ -105,10 +108,7 @@ def _number(value: float | Range[float]) -> float:
 
 
 def _images(sweep: Sweep, folder: Path, series: DiffractionSeries) -> tuple[np.ndarray, dict[str, float]]:
-    """(tilt, y, x) phases, each kept as soon as it is there, and the means of their numbers.
-
-    Workers begin at different tilts, and find what others have made meanwhile.
-    """
+    """(tilt, y, x) phases, each kept as soon as it is there, and the means of their numbers."""
     solver = sweep.solver
     assert isinstance(solver, Mspt)
     values = {name: getattr(solver, name) for name in FIRST}
@@ -128,12 +128,9 @@ def _images(sweep: Sweep, folder: Path, series: DiffractionSeries) -> tuple[np.n
         found = mspt.image(series, tilt, chosen, keep=keep, fitted=None if fitted is None else fitted[tilt])
         return {"phase": found.phase, **{name: np.array(value) for name, value in found.numbers.items()}}
 
-    kept: dict[int, stages.Arrays] = {}
-    begin = os.getpid() * round(tilts * 0.618) % tilts
-    for tilt in ((begin + k) % tilts for k in range(tilts)):
-        kept[tilt] = stages.stage(folder, "tilt", inputs | {"tilt": tilt}, partial(made, tilt))
-    means = {name: float(np.mean([kept[t][name] for t in kept])) for name in kept[0] if name != "phase"}
-    return np.stack([kept[t]["phase"] for t in range(tilts)]), means
+    kept = stages.together(folder, "tilt", [inputs | {"tilt": tilt} for tilt in range(tilts)], made)
+    means = {name: float(np.mean([each[name] for each in kept])) for name in kept[0] if name != "phase"}
+    return np.stack([each["phase"] for each in kept]), means
 
 
 def _errors(made: mspt.Tomogram, planted: align.Alignment | None) -> dict[str, float]:

@@ -6,11 +6,13 @@ workers. A stage is a function of its inputs alone and returns arrays; it import
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -34,20 +36,45 @@ def key(name: str, inputs: dict[str, Any]) -> str:
 
 
 def stage(folder: Path, name: str, inputs: dict[str, Any], make: Callable[[], Arrays]) -> Arrays:
-    """The arrays of a stage, from `folder`/stages or newly made.
+    """The arrays of a stage, from `folder`/stages or newly made; what another worker makes just now is waited for."""
+    return together(folder, name, [inputs], lambda _: make())[0]
 
-    Two workers may make the same one at once: each writes aside and renames, and both write the same.
-    A file that a kill left torn is made again.
+
+def together(folder: Path, name: str, inputs: Sequence[dict[str, Any]], make: Callable[[int], Arrays],
+             ) -> list[Arrays]:
+    """The arrays of several stages, of which each worker makes its share. make(k): of inputs[k].
+
+    What another worker makes just now is left to it until nothing else is missing, then waited for; if that worker
+    dies, it is made here. A file that a kill left torn is made again.
     """
-    path = folder / "stages" / f"{key(name, inputs)}.npz"
-    if path.exists():
-        try:
-            with path.open("rb") as opened, np.load(opened) as kept:
-                return dict(kept)
-        except (OSError, ValueError, EOFError, KeyError, BadZipFile):
-            path.unlink(missing_ok=True)
-    arrays = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "stages" / f"{key(name, given)}.npz" for given in inputs]
+    found: dict[int, Arrays] = {}
+    for wait in (False, True):
+        for k, path in enumerate(paths):
+            if k not in found and (kept := _kept(path)) is not None:
+                found[k] = kept
+            elif k not in found:
+                with _reserved(path.with_suffix(".lock"), wait) as ours:
+                    if ours:
+                        kept = _kept(path)  # perhaps since
+                        found[k] = _written(path, make(k)) if kept is None else kept
+    return [found[k] for k in range(len(inputs))]
+
+
+def _kept(path: Path) -> Arrays | None:
+    """What a file holds; None without one, and without a torn one from then on."""
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as opened, np.load(opened) as kept:
+            return dict(kept)
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile):
+        path.unlink(missing_ok=True)
+        return None
+
+
+def _written(path: Path, arrays: Arrays) -> Arrays:
+    """The arrays, after they have gone into a file, as a whole."""
     aside = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     try:
         with aside.open("wb") as file:
@@ -56,6 +83,27 @@ def stage(folder: Path, name: str, inputs: dict[str, Any], make: Callable[[], Ar
     finally:
         aside.unlink(missing_ok=True)
     return arrays
+
+
+@contextmanager
+def _reserved(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether this worker alone holds a lock meanwhile, which ends with its process.
+
+    Where a file system has no locks it is taken to hold one: two workers may then make the same, and both write it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)  # whoever waits for it finds the result, and whoever comes later, too
 
 
 def truth(folder: Path, data: Phantom | Particle) -> np.ndarray:

@@ -37,10 +37,13 @@ def run(message: Message) -> list[dict[str, Any]]:
     """Evaluate trials of one cell: the message is what `sweeps.coordinator` submits, a result a row of its journal.
 
     Trials that a solver can take together are solved together, and share its seconds. A solve that fails, and data
-    that cannot be read, give a row whose status is the sentence; nothing is raised.
+    that cannot be read, give a row whose status is the sentence; nothing is raised. Of a message that asks for `help`
+    only what the trials are made of is made.
     """
     programs.share()
     trials = message["trials"]
+    if message.get("help"):
+        return [_helped(trial["settings"], Path(message["folder"])) for trial in trials]
     rows = [{"cell": message["cell"], **{key: trial[key] for key in ("trial", "attempt")}, **EMPTY} for trial in trials]
     batches: dict[str, list[tuple[int, Sweep]]] = {}
     for k, trial in enumerate(trials):
@@ -59,6 +62,16 @@ def run(message: Message) -> list[dict[str, Any]]:
         for k, row in zip(numbers, found, strict=True):
             rows[k] |= {**row, "seconds": seconds, "batch": len(batch), "notes": list(notes)}
     return rows
+
+
+def _helped(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What became of helping with another worker's trial; that one's row will tell more."""
+    begun, status = time.perf_counter(), "ok"
+    try:
+        sequential.help_along(load(settings), folder)
+    except DataError as error:
+        status = str(error)
+    return {"status": status, "seconds": time.perf_counter() - begun}
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import zarr
 
+from sweeps import stages
+
 Message = dict[str, Any]
 
 
@@ -232,3 +234,27 @@ def varied(message: Message) -> dict[str, Any]:
     seconds = np.random.default_rng([zlib.crc32(message["cell"].encode()), message["trial"]]).uniform(0.5, 2.0)
     time.sleep(seconds)
     return {**_landscape(message), "seconds": seconds}
+
+
+def shared(message: Message) -> Any:
+    """Trials of eight stages, and how many of them this worker has made, the first when help has come; or helps."""
+    trial, = message["trials"]
+    made: list[int] = []
+    come, late = Path(message["folder"]) / f"come-{trial['trial']}", time.monotonic() + 60
+
+    def make(k: int) -> dict[str, np.ndarray]:
+        if message.get("help"):
+            come.touch()
+        while not come.exists() and time.monotonic() < late:
+            time.sleep(0.01)
+        time.sleep(0.02)
+        made.append(k)
+        return {"made": np.array(k)}
+
+    inputs = [{"trial": trial["trial"], "tilt": k} for k in range(8)]
+    stages.together(Path(message["folder"]), "tilt", inputs, make)
+    result = {"status": "ok", "seconds": 0.02 * len(made)}
+    if message.get("help"):
+        return [result]
+    return [result | {"objective": 1.0 / (1 + trial["trial"]), "metrics": {"share": len(made)}, "elements": {},
+                      "checkpoints": [], "iterations": 1, "batch": 1, "worker": "", "volume": None}]
