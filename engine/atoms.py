@@ -52,6 +52,10 @@ class Atoms:
         """Turned by Euler angles [deg] as `engine.euler` has them."""
         return replace(self, positions=self.positions @ matrix(angles).T)
 
+    def joined(self, other: Atoms) -> Atoms:
+        """These and others."""
+        return Atoms(np.concatenate([self.symbols, other.symbols]), np.concatenate([self.positions, other.positions]))
+
     def shaken(self, amplitude: float, rng: np.random.Generator) -> Atoms:
         """Displaced at random by so many nm (root mean square along each axis)."""
         return replace(self, positions=self.positions + amplitude * rng.standard_normal(self.positions.shape))

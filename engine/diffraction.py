@@ -165,8 +165,7 @@ def potentials(atoms: Atoms, scan: Scan, turns: np.ndarray, seed: int = 0,
         raise DataError(f"an atom lies {reach:.3g} nm from the centre of a volume {width:.3g} nm wide; "
                         "use more or larger voxels, or a smaller particle")
     if around is not None:
-        atoms = Atoms(np.concatenate([atoms.symbols, around.symbols]),
-                      np.concatenate([atoms.positions, around.positions]))
+        atoms = atoms.joined(around)
     rng, configurations = np.random.default_rng([20_231, seed]), max(1, scan.phonons)
     for t, turn in enumerate(turns):
         for _ in range(configurations):

@@ -80,7 +80,7 @@ def image(series: DiffractionSeries, tilt: int, settings: ptychography.Settings,
     if not found.ok:
         raise DataError(f"ptychography of tilt {tilt}: {found.status}")
     sides = scanned(series)
-    light, phase = (_cut(array, sides) for array in (found.fields["light"], found.volume[0].sum(0)))
+    light, phase = (cut(array, sides) for array in (found.fields["light"], found.volume[0].sum(0)))
     phase, plane = ptychography.levelled(phase, light > LIT)
     told = dict(zip(("constant", "ramp_y", "ramp_x"), map(float, plane)))
     return Image(np.where(light > LIT, phase, 0).astype(np.float32), found.metrics | told)
@@ -134,7 +134,7 @@ def shadow(mask: np.ndarray, angles: np.ndarray) -> np.ndarray:
     return np.clip(np.asarray(project(jnp.asarray(mask), geometry(angles), mask.shape[1])), 0, 1)
 
 
-def _cut(array: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
-    """The middle of a field (y, x) that is as wide or wider, by an even number of pixels."""
-    first = [(have - side) // 2 for have, side in zip(array.shape, sides)]
-    return array[first[0]:first[0] + sides[0], first[1]:first[1] + sides[1]]
+def cut(array: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
+    """The middle of fields (..., y, x) that are as wide or wider, by an even number of pixels."""
+    first = [(have - side) // 2 for have, side in zip(array.shape[-2:], sides)]
+    return array[..., first[0]:first[0] + sides[0], first[1]:first[1] + sides[1]]

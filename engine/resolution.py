@@ -32,10 +32,10 @@ RIM = (3.5, 4.5)  # steps: beyond a peak of the window, or of a crystal that fil
 ALARM = 0.01  # spectra of noise alone in which a peak is found
 RANGE = 1e-9  # of the strongest peak's power: below, numbers are rounded
 WINDOW = "hann"  # a four-term Blackman-Harris found a fifth fewer peaks at equal noise and none beyond
-SEVENTH = 0.143
+SEVENTH, HALF = 0.143, 0.5
 TEN_TO_NINETY = 2.563103131089201  # width from 10 to 90 % of a Gaussian's integral over its standard deviation
 
-Criterion = Literal["0.143", "half-bit"]
+Criterion = Literal["0.143", "half-bit", "0.5"]
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,18 @@ class Peaks:
 
 @dataclass(frozen=True)
 class ShellCorrelation:
-    """frequency [1/nm], correlation and number of independent frequencies of each shell."""
+    """frequency [1/nm], correlation and number of independent frequencies of each shell, or plane."""
     frequency: np.ndarray
     correlation: np.ndarray
     number: np.ndarray
 
     def threshold(self, criterion: Criterion = "0.143") -> np.ndarray:
-        """(shell,) what the correlation is held against: 0.143, or the half-bit curve (van Heel and Schatz, Eq. 17)."""
-        if criterion == "0.143":
-            return np.full(len(self.frequency), SEVENTH)
+        """(shell,) what the correlation is held against: of two halves 0.143, or the half-bit curve (van Heel and
+        Schatz, Eq. 17); of a volume and the truth 0.5, which says the same as 0.143 (Rosenthal and Henderson)."""
+        if criterion in ("0.143", "0.5"):
+            return np.full(len(self.frequency), SEVENTH if criterion == "0.143" else HALF)
         if criterion != "half-bit":
-            raise DataError(f"{criterion} is no criterion of resolution; 0.143 and half-bit are")
+            raise DataError(f"{criterion} is no criterion of resolution; 0.143, half-bit and 0.5 are")
         root = 1 / np.sqrt(self.number)
         return (0.2071 + 1.9102 * root) / (1.2071 + 0.9102 * root)
 
@@ -191,6 +192,27 @@ def shell_correlation(a: np.ndarray, b: np.ndarray, voxel: float, axis: str | No
     correlation = np.divide(cross, both, out=np.zeros_like(cross), where=both > 0)
     filled = number > 0
     return ShellCorrelation((1 + np.arange(len(number)))[filled] * step, correlation[filled], number[filled])
+
+
+def plane_correlation(volume: np.ndarray, truth: np.ndarray, spacing: float) -> ShellCorrelation:
+    """Correlation of two volumes (z, y, x) in planes of one frequency along z, summed over all others but 0.
+
+    spacing: [nm] along z. A scan that is not tilted tells hardly anything along z itself, but more the further off: the
+    sum over a plane says how fine its sections are.
+    """
+    volume, truth = (np.asarray(v, np.float64) for v in (volume, truth))
+    if volume.shape != truth.shape or volume.ndim != 3 or len(volume) < 2:
+        raise DataError(f"volumes of shapes {volume.shape} and {truth.shape} cannot be correlated plane by plane")
+    first, second = fft.fftn(volume), fft.fftn(truth)
+    first[:, 0, 0] = second[:, 0, 0] = 0
+    count = len(volume)
+    plane = np.abs(np.rint(fft.fftfreq(count) * count)).astype(int)  # q and -q are one
+    cross, power, other = (np.bincount(plane, v.sum((1, 2))) for v in (
+        (first * second.conj()).real, np.abs(first) ** 2, np.abs(second) ** 2))
+    both = np.sqrt(power * other)
+    correlation = np.divide(cross, both, out=np.zeros_like(cross), where=both > 0)
+    number = np.bincount(plane) * (volume[0].size - 1) / 2
+    return ShellCorrelation(np.arange(len(cross)) / (count * spacing), correlation, number)
 
 
 def power_cutoff(volume: np.ndarray, voxel: float, axis: str | None = None, cone: float = 30.0) -> float:

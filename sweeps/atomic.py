@@ -113,6 +113,10 @@ def text(run: Run) -> str:
         lines.append(f"{cell.id}: RMSD {metrics['rmsd']:.2f} pm, tracing error {metrics['tracing_error']:.1f} %, "
                      f"classification {metrics['classification']:.1f} %; found and named rightly: "
                      f"{named(cell.sweep.data, found)}" + (f"; refined: {', '.join(refined)}" if refined else ""))
+        if "depth_one_tilt" in metrics:
+            one, all_tilts = metrics["depth_one_tilt"], metrics["depth_tomogram"]
+            lines.append(f"{cell.id}: resolution along the beam, where planes correlate by half with the truth: one "
+                         f"tilt {one:.2g} nm, tomogram {all_tilts:.2g} nm, {one / all_tilts:.3g} times finer")
     return "\n".join(["Atoms", *lines]) if lines else ""
 
 

@@ -195,6 +195,9 @@ class Mspt(Model):
     method: Literal["mspt", "sspt"] = setting("mspt", "-", "mspt; sspt: ptychography in a single slice")
     iterations: int = setting(20, "-", "ptychography: passes over a tilt's patterns", ge=1)
     slices: WholeTunable = setting(5, "slices", "ptychography: of a tilt, of one thickness")
+    sections: int = setting(
+        0, "slices", "of the tilt next to 0, by itself, whose resolution along the beam is told beside the tomogram's; "
+        "0: none. For simulated specimens, whose truth it is compared with", ge=0)
     depth: Found = setting(None, "nm", "that the slices fill; auto: as much as the patterns' field is wide",
                            examples=["auto"])
     group: int = setting(64, "probes", "that take a step together; 0: all", ge=0)

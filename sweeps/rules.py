@@ -119,6 +119,10 @@ def _scanned(sweep: Sweep) -> Iterator[Problem]:
         yield ("search", "objective"), f"{objective} needs known atoms; write {' or '.join(known[len(atoms):])}"
     if objective == "missing_sites" and crystal_of(data) is None:
         yield ("search", "objective"), "missing_sites needs a crystal: phantom: co3o4 or coo, or data.crystal"
+    if isinstance(solver, Mspt) and solver.sections and isinstance(data, Recorded):
+        yield ("solver", "sections"), "are compared with the truth, which measured data have not; write sections: 0"
+    if isinstance(solver, Mspt) and solver.sections == 1:
+        yield ("solver", "sections"), "a single one has no depth; write 2 or more, or 0 for none"
     if isinstance(solver, Mset):
         yield from _linear(solver, data, objective)
     elif min(ends(solver.slices)) < 1:

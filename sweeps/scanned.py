@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine import adf, align, diffraction, mset, scans
+from engine.atoms import Atoms, potential_slices
 from engine.data import DataError, Solution, TiltSeries
 from engine.diffraction import DiffractionSeries, Scan
 from engine.iterate import Keep
@@ -169,6 +170,17 @@ def planted(data: Scanned) -> align.Alignment:
     shifts = rng.uniform(-1, 1, (tilts, 2)) * data.shift_error / data.pixel
     turns = (rng.uniform(-1, 1, tilts) * most for most in (data.inplane_error, data.tilt_error, data.azimuth_error))
     return align.Alignment(shifts, *turns)
+
+
+def sections(data: Scanned, tilt: int, slices: int, depth: float) -> np.ndarray:
+    """True potentials (slice, y, x) [V nm] of what is scanned at a tilt, in slices that fill `depth` [nm]."""
+    off, atoms, around = planted(data), atomic.specimen(data), atomic.substrate(data)
+    atoms = atoms if around is None else atoms.joined(around)
+    turned = atoms.turned(off.turns(angles(data))[tilt])
+    places = turned.positions + data.pixel * np.array([0, *off.shifts[tilt]])
+    inside = (np.abs(places) <= data.size * data.pixel / 2).all(1)
+    return potential_slices(Atoms(turned.symbols[inside], places[inside]), data.size, data.pixel, slices,
+                            depth / slices, atomic.THERMAL)
 
 
 def origin(sweep: Sweep, folder: Path) -> str:

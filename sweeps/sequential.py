@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import align, denoise, mspt, ptychography
+from engine import align, denoise, mspt, ptychography, resolution
 from engine.data import DataError, Solution
 from engine.diffraction import DiffractionSeries
 from engine.euler import matrix
@@ -23,6 +23,7 @@ from sweeps import atomic, crystalline, imported, needs, scanned, stages
 from sweeps.patterns import Mspt, Recorded, Scanned, crystal_of
 from sweeps.settings import Range, Sweep, dump
 
+SECTIONED = "sections"  # the stage of one tilt in thin slices
 FIRST = ("iterations", "slices", "depth", "group", "step", "momentum", "loss", "absorption", "modes", "coupling",
          "refine", "refine_after", "finer", "method")  # settings of the solver that an image follows from
 COMMON = 1e-3  # by which axes of turns may differ, as unit vectors
@@ -77,7 +78,7 @@ def _evaluated(sweep: Sweep, folder: Path) -> tuple[Solution, dict[str, Any]]:
                          reference=planted, observe=lambda *at: told.append(float(np.sqrt((at[2] ** 2).mean()))))
     score, fields = scanned.score_of(sweep, made.volume, series.pixel, numbers | _errors(made, planted))
     if isinstance(data, Scanned):
-        score = _compared(sweep, made.volume, series.pixel, score)
+        score = _compared(sweep, made.volume, series, score, folder)
     score = _crystal(sweep, made, series.pixel, float(np.abs(angles).max()), score)
     fields |= {"alignment": np.column_stack([angles, _table(made.alignment)]), "gauge": made.gauge,
                "images": made.images, "residual": np.stack([made.before, made.residual])}
@@ -109,16 +110,10 @@ def _number(value: float | Range[float]) -> float:
 
 def _images(sweep: Sweep, folder: Path, series: DiffractionSeries) -> tuple[np.ndarray, dict[str, float]]:
     """(tilt, y, x) phases, each kept as soon as it is there, and the means of their numbers."""
-    solver = sweep.solver
-    assert isinstance(solver, Mspt)
-    values = {name: getattr(solver, name) for name in FIRST}
     held = sweep.search.objective == "heldout"
-    inputs = {"data": dump(sweep)["data"], "origin": scanned.origin(sweep, folder), "seed": sweep.seed,
-              "solver": values, "folds": sweep.search.folds if held else 0}
+    inputs = _inputs(sweep, folder) | {"folds": sweep.search.folds if held else 0}
     fitted = scanned.left_out(series, sweep.search.folds, sweep.seed) if held else None
-    depth = solver.depth or series.size * series.pixel
-    given: dict[str, Any] = values | {"depth": depth, "slices": 1 if solver.method == "sspt" else solver.slices}
-    chosen = ptychography.Settings(**{k: v for k, v in given.items() if k != "method"})
+    chosen = _ptychography(sweep, series)
     tilts = len(series.angles)
     needs.check_memory(sweep, needs.solve(sweep, elements=1, shape=(series.size,) * 3, haadf_tilts=0, chem_tilts=tilts,
                                           probes=len(series.positions)), 1)
@@ -133,6 +128,43 @@ def _images(sweep: Sweep, folder: Path, series: DiffractionSeries) -> tuple[np.n
     return np.stack([each["phase"] for each in kept]), means
 
 
+def _inputs(sweep: Sweep, folder: Path) -> dict[str, Any]:
+    """What an image follows from, but for its tilt."""
+    return {"data": dump(sweep)["data"], "origin": scanned.origin(sweep, folder), "seed": sweep.seed,
+            "solver": {name: getattr(sweep.solver, name) for name in FIRST}}
+
+
+def _ptychography(sweep: Sweep, series: DiffractionSeries) -> ptychography.Settings:
+    """The engine's settings of an image."""
+    solver = sweep.solver
+    assert isinstance(solver, Mspt)
+    given: dict[str, Any] = {name: getattr(solver, name) for name in FIRST if name != "method"}
+    given |= {"depth": solver.depth or series.size * series.pixel}
+    return ptychography.Settings(**given | ({"slices": 1} if solver.method == "sspt" else {}))
+
+
+def _sections(sweep: Sweep, series: DiffractionSeries, folder: Path) -> dict[str, float]:
+    """Resolution along the beam [nm] of the tilt next to 0 by itself, in thin slices, where that is asked for."""
+    solver, data = sweep.solver, sweep.data
+    assert isinstance(solver, Mspt) and isinstance(data, Scanned)
+    if not solver.sections or solver.method == "sspt":
+        return {}
+    tilt = int(np.abs(scanned.angles(data)).argmin())
+    chosen = replace(_ptychography(sweep, series), slices=solver.sections)
+
+    def made() -> stages.Arrays:
+        found = ptychography.reconstruct(series, tilt, chosen)
+        if not found.ok:
+            raise DataError(f"{SECTIONED} at {scanned.angles(data)[tilt]:g} degrees: {found.status}")
+        return {"phase": found.volume[0]}
+
+    inputs = _inputs(sweep, folder) | {"sections": solver.sections, "tilt": tilt}
+    phases, sides = stages.stage(folder, SECTIONED, inputs, made)["phase"], mspt.scanned(series)
+    true = scanned.sections(data, tilt, solver.sections, chosen.depth)
+    found = resolution.plane_correlation(mspt.cut(phases, sides), mspt.cut(true, sides), chosen.depth / solver.sections)
+    return {"depth_one_tilt": found.length("0.5")}
+
+
 def _errors(made: mspt.Tomogram, planted: align.Alignment | None) -> dict[str, float]:
     """Root mean square residual of the images, and, where it is known, what is left of the misalignment."""
     found = {"residual": float(np.sqrt((made.residual**2).mean()))}
@@ -144,11 +176,14 @@ def _errors(made: mspt.Tomogram, planted: align.Alignment | None) -> dict[str, f
         ("azimuth_error", off.azimuth))}
 
 
-def _compared(sweep: Sweep, volume: np.ndarray, voxel: float, score: dict[str, Any]) -> dict[str, Any]:
-    """The score with the volume's likeness to the true potential."""
+def _compared(sweep: Sweep, volume: np.ndarray, series: DiffractionSeries, score: dict[str, Any],
+              folder: Path) -> dict[str, Any]:
+    """The score with the volume's likeness to the true potential, as a whole and along the beam."""
     assert isinstance(sweep.data, Scanned)
-    found = nrmse(volume, atomic.truth(sweep.data, volume.shape, voxel))
-    score["metrics"]["nrmse"] = found
+    true = atomic.truth(sweep.data, volume.shape, series.pixel)
+    found, along = nrmse(volume, true), resolution.plane_correlation(volume, true, series.pixel).length("0.5")
+    told = {"nrmse": found, "depth_tomogram": along} | _sections(sweep, series, folder)
+    score["metrics"] |= {name: value for name, value in told.items() if np.isfinite(value)}
     score["elements"]["nrmse"] = {"potential": found}
     if sweep.search.objective == "nrmse":
         score |= {"objective": found, "status": "ok"}

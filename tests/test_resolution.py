@@ -5,7 +5,14 @@ import pytest
 
 from engine.data import DataError
 from engine.euler import matrix
-from engine.resolution import edge_width, find_peaks, power_cutoff, shell_correlation, spectral_amplitude
+from engine.resolution import (
+    edge_width,
+    find_peaks,
+    plane_correlation,
+    power_cutoff,
+    shell_correlation,
+    spectral_amplitude,
+)
 
 SIZE, VOXEL, EDGE = 64, 0.05, 0.5  # voxels, nm, nm of a cubic lattice
 CUT = np.array([4.0, 8.0, 7.0])  # 1/nm along z, y, x
@@ -181,7 +188,26 @@ def test_what_has_no_resolution_is_refused():
         shell_correlation(cube, cube, VOXEL, "w")
     with pytest.raises(DataError, match="cannot be correlated"):
         shell_correlation(cube, np.ones((16, 16, 18)), VOXEL)
-    with pytest.raises(DataError, match="half-bit are"):
-        shell_correlation(cube + np.eye(16), cube, VOXEL).cutoff("0.5")
+    with pytest.raises(DataError, match="half-bit and 0.5 are"):
+        shell_correlation(cube + np.eye(16), cube, VOXEL).cutoff("0.2")
     with pytest.raises(DataError, match="not all alike"):
         edge_width(np.ones(20), 0.1)
+
+
+# ---- Along the beam
+
+
+@pytest.mark.parametrize("kept", [2, 5])
+def test_planes_tell_where_sections_end(kept):
+    """Of a volume whose planes beyond a frequency are another's, whatever its gain and a constant in each section."""
+    rng = np.random.default_rng(5)
+    true, other = rng.standard_normal((2, 16, 24, 20))
+    waves = np.fft.fft(true, axis=0)
+    beyond = np.abs(np.fft.fftfreq(16) * 16) > kept
+    waves[beyond] = np.fft.fft(other, axis=0)[beyond]
+    volume = 3 * np.fft.ifft(waves, axis=0).real + rng.standard_normal((16, 1, 1))
+    found = plane_correlation(volume, true, 0.2)
+    assert found.frequency[:3] == pytest.approx([0, 1 / 3.2, 2 / 3.2])
+    assert np.all(found.correlation[:kept + 1] > 0.999) and np.all(found.correlation[kept + 1:] < 0.3)
+    assert found.length("0.5") == pytest.approx(3.2 / (kept + 0.5), rel=0.1)
+    assert plane_correlation(true, true, 0.2).length("0.5") == pytest.approx(0.4)

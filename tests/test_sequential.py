@@ -126,9 +126,21 @@ def test_a_series_in_a_file_is_aligned_without_a_truth(tmp_path):
     assert streamed["objective"] == pytest.approx(row["objective"], rel=1e-4)
 
 
+def test_one_tilt_resolves_less_along_the_beam_than_the_tomogram(tmp_path):
+    row = solved(tmp_path, sweep(solver__sections=6))
+    assert row["metrics"]["depth_one_tilt"] > 3 * row["metrics"]["depth_tomogram"] > 0
+    assert len(list((tmp_path / "stages").glob("sections-*.npz"))) == 1
+    # Its truth is the slices of what was scanned: all of them together are the projection at that tilt.
+    given = sweep().data
+    slices = scanned.sections(given, 3, 6, 0.96)
+    whole = scanned.sections(given, 3, 1, 0.96)
+    np.testing.assert_allclose(slices.sum(0), whole[0], atol=1e-4 * whole.max())
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"search.objective": "amplitude_error"}, "mspt has rmsd, tracing_error, nrmse, heldout, missing_sites, not"),
     ({"solver.slices": 0}, "must be 1 or more"),
+    ({"solver.sections": 1}, "write 2 or more"),
     ({"data": {"phantom": "cocuo"}}, "mspt takes 4D-STEM"),
     ({"output.haadf": 5}, "is for"),
 ])
