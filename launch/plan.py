@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -331,6 +332,10 @@ def refusals(plan: Plan, available: int, where: str, folder: Path) -> Iterator[s
             f"{size(available)} are free {where}: lower {_smaller(plan)}, raise solver.devices, use fewer "
             "workers, or say with --memory how many GiB the machine has that it will run on"
         )
+    asked = {getattr(cost.cell.sweep.solver, "denoise", "") for cost in plan.costs}
+    if "bm3d" in asked and find_spec("bm3d") is None:
+        yield (f"{plan.sweep.where('solver.denoise')}: bm3d comes from a package of that name, which is not installed: "
+               "pip install 'tomoatlas[bm3d]' (for non-commercial use), or write nlm")
     free = disk_free(folder)
     if plan.kept + plan.stages > free:
         yield (

@@ -19,6 +19,7 @@ Problem = tuple[Keys, str]
 
 HAADF_METHODS = ("fused", "plain", "fista", "hebt")
 LINEAR = ("resire", "genfire")  # of mset: of dark-field images
+LEAST = 4  # pixels along an edge of an image that engine.align aligns
 
 
 def elements(sweep: Sweep) -> tuple[str, ...]:
@@ -123,6 +124,10 @@ def _scanned(sweep: Sweep) -> Iterator[Problem]:
         yield ("solver", "sections"), "are compared with the truth, which measured data have not; write sections: 0"
     if isinstance(solver, Mspt) and solver.sections == 1:
         yield ("solver", "sections"), "a single one has no depth; write 2 or more, or 0 for none"
+    for k, level in enumerate(solver.levels if isinstance(solver, Mspt) and isinstance(data, Scanned) else ()):
+        if level.bins > data.size // LEAST:
+            yield ("solver", "levels", k, "bins"), (f"{level.bins} pixels in one leave fewer than {LEAST} x {LEAST} of "
+                                                    f"{data.size}; write {data.size // LEAST} at most")
     if isinstance(solver, Mset):
         yield from _linear(solver, data, objective)
     elif min(ends(solver.slices)) < 1:

@@ -25,7 +25,7 @@ from engine.multislice import beam, far_field, narrowed, probes
 from engine.ptychography import Settings, levelled, reconstruct
 from tests.bench import PAGE, publish
 
-PIXEL, GROUP = 0.04, 16  # [nm], probes
+PIXEL, BATCH = 0.04, 16  # [nm], probes that py4DSTEM takes together
 STOPS = (5, 10, 20, 50)
 SIMULATED = 0.1  # [nm] thickness of the simulation's slices
 WRONG = 3.0  # [nm] by which the told defocus is wrong
@@ -121,7 +121,8 @@ def cases(specimen: Specimen) -> list[Told]:
     """All that is asked of a specimen; of the larger particle only what needs no noise and no lost probes."""
     true = specimen.series
     off = replace(true, optics=replace(true.optics, defocus=true.optics.defocus + WRONG))
-    wrong = [Told("right", true), Told(f"{WRONG:g} nm off", off), Told("probe refined", off, {"refine": ("probe",)})]
+    wrong = [Told("right", true), Told("right, finer: 2", true, {"finer": 2}), Told(f"{WRONG:g} nm off", off),
+             Told("probe refined", off, {"refine": ("probe",)})]
     if specimen.name == "larger":
         return wrong
     moves = ASTRAY / np.sqrt(2) * np.random.default_rng(0).standard_normal(true.positions.shape)
@@ -135,7 +136,7 @@ def cases(specimen: Specimen) -> list[Told]:
 
 def ours(specimen: Specimen, told: Told, slices: int) -> Found:
     """Our solve; seconds of CPU without compilation."""
-    asked: dict[str, Any] = {"refine": (), "group": GROUP, "slices": slices, "depth": specimen.depth} | told.asked
+    asked: dict[str, Any] = {"refine": (), "slices": slices, "depth": specimen.depth} | told.asked
     reconstruct(told.series, 0, Settings(iterations=1, **asked))  # compiles
     images: list[np.ndarray] = []
     begun = time.process_time()
@@ -157,7 +158,7 @@ def astray(specimen: Specimen, positions: np.ndarray) -> str:
 
 
 def theirs(specimen: Specimen, told: Told, slices: int) -> Found:
-    """py4DSTEM's gradient descent with its own settings and batches as large as our groups."""
+    """py4DSTEM's gradient descent with its own settings and small batches, with which it converges faster."""
     assert PEER is not None
     refine: Sequence[str] = told.asked.get("refine", ())
     optics = told.series.optics
@@ -165,7 +166,7 @@ def theirs(specimen: Specimen, told: Told, slices: int) -> Found:
         given, found = Path(folder, "given.npz"), Path(folder, "found.npz")
         np.savez(given, patterns=told.series.patterns[0], positions=told.series.positions, pixel=PIXEL, slices=slices,
                  depth=specimen.depth, voltage=optics.voltage, aperture=optics.aperture, defocus=optics.defocus,
-                 step=specimen.size * PIXEL / specimen.probes, stops=STOPS, group=GROUP, rate=RATE,
+                 step=specimen.size * PIXEL / specimen.probes, stops=STOPS, group=BATCH, rate=RATE,
                  refine_probe="probe" in refine, refine_positions="positions" in refine)
         code = Path(__file__).with_name("ptychography_peer.py")
         subprocess.run([PEER, str(code), str(given), str(found)], check=True)
@@ -190,7 +191,8 @@ def row(specimen: Specimen, told: Told, who: str, slices: int, found: Found) -> 
 def beside(specimen: Specimen, told: Told, slices: int) -> bool:
     """Whether py4DSTEM has a go: it knows no Poisson likelihood, and takes a minute for the larger particle."""
     right = told.name == "right"
-    return bool(PEER) and (right or slices > 1 and specimen.name != "larger" and "loss" not in told.asked)
+    return bool(PEER) and (right or slices > 1 and specimen.name != "larger"
+                           and not {"loss", "finer"} & told.asked.keys())
 
 
 def table(specimens: Sequence[Specimen]) -> tuple[list[str], dict[tuple[str, str, str, int], Found]]:
@@ -247,16 +249,17 @@ def told_of() -> str:
                       f"probes over {s.size} x {s.size} pixels" for s in SPECIMENS)
     optics = SPECIMENS[0].scan.optics
     peer = ("py4DSTEM: version 0.14 needs numpy before 2 and ours a later one, so it ran in an interpreter of its own, "
-            f"on the same patterns and the same start, its step size {RATE:g}, batches of {GROUP}; its phases are kept "
+            f"on the same patterns and the same start, its step size {RATE:g}, batches of {BATCH}; its phases are kept "
             "positive, which ours are not." if PEER else
             "No Python with py4DSTEM was named (TOMOATLAS_PY4DSTEM), so the same patterns went through no other "
             "package: it needs numpy before 2, ours a later one, and so a venv of its own.")
     return (
         f"One scan of CuAu ({sizes}), {PIXEL:g} nm a pixel, {optics.voltage:g} kV, {optics.aperture:g} mrad, defocus "
         f"{optics.defocus:g} nm; simulated on pixels a third as wide and slices of {SIMULATED:g} nm, its detector "
-        f"ending where the field's frequencies end. Groups of {GROUP} probes, nothing refined where nothing is said. "
-        "Correlation inside the scan, each phase less the plane through its vacuum; errors are squared, relative to "
-        "the squared amplitudes, as met during the iteration; CPU s of all iterations, compiled before; astray, left: "
+        f"ending where the field's frequencies end. Groups of {Settings().group} probes, nothing refined where nothing "
+        "is said; finer 2: waves on half the pixel. Correlation inside the scan, each phase less the plane through its "
+        "vacuum; errors are squared, relative to the squared amplitudes, as met during the iteration; CPU s of all "
+        "iterations, compiled before; astray, left: "
         f"root mean square distance in the plane, told positions {1e3 * ASTRAY:g} pm. {peer}")
 
 

@@ -106,8 +106,10 @@ def test_patterns_that_are_left_out_judge_the_slices(tmp_path):
 
 
 def test_what_cannot_be_aligned_is_a_row_with_a_reason(tmp_path):
-    asked = {"trial": 0, "attempt": 0, "kind": "search", "params": {}, "settings": settings.dump(
-        sweep(solver__levels=[{"bins": 20, "rounds": 3}]))}
+    scans.save(tmp_path / "series.zarr", scanned.recorded(sweep(), tmp_path))
+    given = settings.load({**PLAIN, "data": {"root": str(tmp_path), "scan": "series.zarr"},
+                           "search": {"objective": "heldout"}, "solver": {"levels": [{"bins": 20, "rounds": 3}]}})
+    asked = {"trial": 0, "attempt": 0, "kind": "search", "params": {}, "settings": settings.dump(given)}
     row, = trial.run({"cell": "all", "folder": str(tmp_path), "trials": [asked]})
     assert "does not fit images" in row["status"] and row["objective"] is None
 
@@ -141,6 +143,7 @@ def test_one_tilt_resolves_less_along_the_beam_than_the_tomogram(tmp_path):
     ({"search.objective": "amplitude_error"}, "mspt has rmsd, tracing_error, nrmse, heldout, missing_sites, not"),
     ({"solver.slices": 0}, "must be 1 or more"),
     ({"solver.sections": 1}, "write 2 or more"),
+    ({"solver.levels": [{"bins": 7, "rounds": 3}]}, "fewer than 4 x 4 of 24; write 6 at most"),
     ({"data": {"phantom": "cocuo"}}, "mspt takes 4D-STEM"),
     ({"output.haadf": 5}, "is for"),
 ])
@@ -160,6 +163,13 @@ def test_the_table_and_the_figures_tell_of_both(folder):
     names = {path.name for path in report.write(folder)}
     assert {"map.png", "slices-xy.png", "atoms.png", "alignment.png", "phases.png", "convergence.png"} <= names
     assert all((folder / "report" / f"{cell.id}.xyz").exists() for cell in run.cells)
+
+
+def test_a_package_that_is_not_there_is_told_before_a_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    said = list(plan.refusals(plan.plan(sweep(grid={"solver.denoise": ["none", "bm3d"]})), 0, "", tmp_path))
+    assert len(said) == 1 and "solver.denoise: bm3d" in said[0] and "tomoatlas[bm3d]" in said[0]
+    assert not list(plan.refusals(plan.plan(sweep(solver__denoise="nlm")), 0, "", tmp_path))
 
 
 def test_the_plan_counts_a_tilts_patterns_twice_at_most():
