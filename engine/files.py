@@ -166,7 +166,7 @@ def _zarr(path: Path) -> Read:
 
 
 def rosetta(path: Path, among: Sequence[str] = ()) -> Any:
-    """The module of RosettaSciIO that reads such files; DataError without it. among: of these plugins."""
+    """The module of RosettaSciIO for such files; DataError without it. among: of these plugins."""
     try:
         from rsciio import IO_PLUGINS
 
@@ -175,7 +175,7 @@ def rosetta(path: Path, among: Sequence[str] = ()) -> Any:
                       if suffix in plugin["file_extensions"] and plugin["name"] in (among or [plugin["name"]]))
         return importlib.import_module(plugin["api"])
     except ImportError as error:
-        raise DataError(f"{path}: is read by RosettaSciIO, and {error.name} is not installed; "
+        raise DataError(f"{path}: goes through RosettaSciIO, and {error.name} is not installed; "
                         'pip install "tomoatlas[files]"') from None
 
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn, ParamSpec
+from typing import Annotated
 
 import typer
 
 from launch import resources
-
-P = ParamSpec("P")
-REFUSED = 2  # exit status for what the user can mend
-RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # how MPI launchers number their processes
+from launch.sentences import REFUSED, leave, refuse, sentences
 
 app = typer.Typer(
     name="tomoatlas",
@@ -42,39 +36,6 @@ Set = Annotated[
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="The run folder; default: runs/<name>.")
 ]
-
-
-def sentences(command: Callable[P, None]) -> Callable[P, None]:
-    """What the user can mend becomes sentences on stderr and exit status 2; the rest keeps its trace."""
-
-    @functools.wraps(command)
-    def told(*args: P.args, **kwargs: P.kwargs) -> None:
-        from engine.data import DataError
-        from sweeps.journal import RunError
-        from sweeps.settings import SettingsError
-
-        try:
-            command(*args, **kwargs)
-        except (SettingsError, DataError, RunError) as error:
-            refuse(str(error))
-
-    return told
-
-
-def refuse(text: str) -> NoReturn:
-    """Say a sentence, once even where a launcher started this command many times, and end with status 2."""
-    rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
-    if rank == "0":
-        print(text, file=sys.stderr, flush=True)
-    leave(REFUSED)
-
-
-def leave(code: int) -> NoReturn:
-    """End with an exit status, under MPI in MPI's way."""
-    mpi = sys.modules.get("launch.mpi")
-    if mpi is not None:
-        mpi.leave(code)
-    raise typer.Exit(code)
 
 
 @app.command(short_help="Run a sweep, or continue it where it was stopped.")
@@ -414,6 +375,36 @@ def volumes(
     print(*files, sep="\n")
     for group in computed.groups(target):
         print(f"xarray.open_zarr({str(target / 'volumes.zarr')!r}, group={group!r})")
+
+
+@app.command(short_help="Write volumes as MRC, TIFF, hspy or OME-Zarr.")
+@sentences
+def export(
+    folder: Folder,
+    kinds: Annotated[
+        str, typer.Option("--as", metavar="KIND,...", help="Of mrc, tiff (a file of each element), hspy, ome-zarr.")
+    ] = "mrc",
+    cell: Annotated[
+        str | None, typer.Option("--cell", metavar="ID", help="The volume of this cell alone; default: of all.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where to write; default: FOLDER/export.")
+    ] = None,
+) -> None:
+    """Write the best volume of each cell, and what lies on its voxels, as files that other programs open.
+
+    mrc for Chimera, IMOD and tomviz, tiff for Fiji, hspy for HyperSpy (needs tomoatlas[files]), ome-zarr for napari.
+    Each file knows the size of its voxels.
+
+    Examples:
+
+    tomoatlas export runs/quickstart
+
+    tomoatlas export idp --as tiff,ome-zarr --cell method=fused --out /scratch/me
+    """
+    from sweeps import export as written
+
+    print(*written.write(place(folder), kinds.split(","), cell, out), sep="\n")
 
 
 def find(file: str) -> str:

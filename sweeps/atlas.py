@@ -28,6 +28,7 @@ from sweeps.journal import SAFE, Clock, History, Journal, Row, RunError, plain
 from sweeps.settings import SettingsError, Sweep
 
 PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "scikit-learn", "scikit-optimize", "xarray", "zarr")
+HUES = ("0072B2", "D55E00", "009E73", "CC79A7", "E69F00", "56B4E9", "F0E442")  # of elements in viewers
 
 
 @cache
@@ -345,7 +346,13 @@ def _describe_volume(path: Path, cell: Cell) -> None:
                        *({"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx")]
     scale: Any = {"type": "scale", "scale": [1.0, *sizes]}
     datasets: list[Any] = [{"path": "volume", "coordinateTransformations": [scale]}]
-    group.attrs["ome"] = {"version": "0.5",
+    elements: Any = group.attrs["elements"]
+    tops: Any = group.attrs.get("maxima") or [1.0] * len(elements)
+    channels: list[Any] = [
+        {"label": element, "color": HUES[k % len(HUES)], "active": True, "coefficient": 1, "family": "linear",
+         "window": {"min": 0.0, "max": top, "start": 0.0, "end": top}}
+        for k, (element, top) in enumerate(zip(elements, tops, strict=True))]
+    group.attrs["ome"] = {"version": "0.5", "omero": {"name": cell.id, "channels": channels},
                           "multiscales": [{"name": cell.id, "axes": axes, "datasets": datasets}]}
 
 

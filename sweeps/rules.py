@@ -120,18 +120,10 @@ def _scanned(sweep: Sweep) -> Iterator[Problem]:
         yield ("search", "objective"), f"{objective} needs known atoms; write {' or '.join(known[len(atoms):])}"
     if objective == "missing_sites" and crystal_of(data) is None:
         yield ("search", "objective"), "missing_sites needs a crystal: phantom: co3o4 or coo, or data.crystal"
-    if isinstance(solver, Mspt) and solver.sections and isinstance(data, Recorded):
-        yield ("solver", "sections"), "are compared with the truth, which measured data have not; write sections: 0"
-    if isinstance(solver, Mspt) and solver.sections == 1:
-        yield ("solver", "sections"), "a single one has no depth; write 2 or more, or 0 for none"
-    for k, level in enumerate(solver.levels if isinstance(solver, Mspt) and isinstance(data, Scanned) else ()):
-        if level.bins > data.size // LEAST:
-            yield ("solver", "levels", k, "bins"), (f"{level.bins} pixels in one leave fewer than {LEAST} x {LEAST} of "
-                                                    f"{data.size}; write {data.size // LEAST} at most")
     if isinstance(solver, Mset):
         yield from _linear(solver, data, objective)
-    elif min(ends(solver.slices)) < 1:
-        yield ("solver", "slices"), "must be 1 or more"
+    else:
+        yield from _chain(solver, data)
     for name in ("light", "heavy") if isinstance(data, Recorded) else ():
         if getattr(data, name) not in (None, *SYMBOLS):
             yield ("data", name), f"{getattr(data, name)} is no element; give its symbol, as in Au"
@@ -153,6 +145,23 @@ def _linear(solver: Mset, data: Scanned | Recorded, objective: str) -> Iterator[
         wrong = [end for end in ends(solver.binning) if data.size % end]
         if wrong:
             yield ("solver", "binning"), f"{data.size} layers of voxels cannot be cut into slices of {wrong[0]}"
+
+
+def _chain(solver: Mspt, data: Scanned | Recorded) -> Iterator[Problem]:
+    """What the stages of mspt do not take."""
+    if min(ends(solver.slices)) < 1:
+        yield ("solver", "slices"), "must be 1 or more"
+    if solver.sections == 1:
+        yield ("solver", "sections"), "a single one has no depth; write 2 or more, or 0 for none"
+    if isinstance(data, Recorded):
+        if solver.sections:
+            yield ("solver", "sections"), "are compared with the truth, which measured data have not; write sections: 0"
+        return
+    most = data.size // LEAST
+    for k, level in enumerate(solver.levels):
+        if level.bins > most:
+            yield ("solver", "levels", k, "bins"), (f"{level.bins} pixels in one leave fewer than {LEAST} x {LEAST} of "
+                                                    f"{data.size}; write {most} at most")
 
 
 def _files(given: Files, tilts: list[int] | None) -> Iterator[Problem]:

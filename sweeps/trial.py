@@ -302,6 +302,7 @@ def _write_volume(folder: Path, name: str, sweep: Sweep, solution: Solution) -> 
     else:
         chem = prepared(sweep, folder).chem
         elements, voxel = chem.elements, chem.pixel_size
-    group.attrs.update({"elements": list(elements), "voxel_nm": voxel, "metrics": solution.metrics,
+    tops = [float(top) or 1.0 for top in volume.max((1, 2, 3))]  # for viewers, whose window is not empty
+    group.attrs.update({"elements": list(elements), "voxel_nm": voxel, "metrics": solution.metrics, "maxima": tops,
                         "status": solution.status})
     return name
