@@ -30,6 +30,8 @@ from engine.data import DataError
 AVOGADRO = 6.02214076e23 * 1e-24 * 1e-7
 PAPER_EFFICIENCY = 0.96  # of the detector: what HEBT's printed f of Co (2.25) and Zn (1.84) have over Table 2
 
+ELECTRON = 1.602176634e-19  # [C]
+
 _BOHR_BARN = 0.529177210903**2 * 1e8  # a_0^2
 _RYDBERG, _REST = 0.013605693, 510.99895  # [keV]
 _SUBSHELLS = {"K": ("K",), "L": ("L1", "L2", "L3"), "M": ("M1", "M2", "M3", "M4", "M5")}
@@ -188,6 +190,11 @@ def wavelength(voltage: float) -> float:
 
     volts, rest = 1e3 * voltage, constants.m_e * constants.c**2 / constants.e
     return float(constants.h / np.sqrt(2 * constants.m_e * constants.e * volts * (1 + volts / (2 * rest))) * 1e9)
+
+
+def fluence(current: float, dwell: float, pixel: float) -> float:
+    """Electrons per square Angstrom of a scan whose probe of `current` [pA] stays `dwell` [us] on each pixel [nm]."""
+    return current * 1e-12 * dwell * 1e-6 / ELECTRON / (10 * pixel) ** 2
 
 
 def tables(need: str) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.measured import read_truth
-from sweeps import atomic, bimodal, crystalline, grid, settings, stages, tables
+from sweeps import atomic, bimodal, crystalline, dose, grid, settings, stages, tables
 from sweeps.atlas import RunFolder, resolved
 from sweeps.grid import Cell
 from sweeps.journal import RunError
@@ -83,7 +83,7 @@ def table(folder: Path) -> str:
 
 def _text(run: Run) -> str:
     own = {"hebt": (bimodal.text,), "mset": (atomic.text,), "mspt": (atomic.text, crystalline.text)}
-    parts = (tables.table(run), *(words(run) for words in own.get(run.sweep.system, ())))
+    parts = (tables.table(run), dose.text(run), *(words(run) for words in own.get(run.sweep.system, ())))
     return "\n\n".join(part for part in parts if part)
 
 

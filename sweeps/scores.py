@@ -10,7 +10,7 @@ import numpy as np
 from engine import fused2d, fused3d, hebt, metrics, stoichiometry
 from engine.data import DataError, MultiModal, Solution
 from engine.quantify import Quantified
-from sweeps import flat, fractions
+from sweeps import dose, flat, fractions
 from sweeps.schema import Fractions
 from sweeps.settings import Sweep
 
@@ -49,6 +49,7 @@ class Judge:
             found["elements"] |= each
         if self.sweep.system == "hebt" and self.data.truth is not None:
             found["elements"]["ssim_windowed"] = self._each(metrics.ssim_windowed, solution.volume, self.data.truth)
+        found["metrics"] |= dose.metrics(self.sweep, self.data)
         return found
 
     def against_truth(self, volume: np.ndarray) -> Score:

@@ -70,6 +70,14 @@ class Energy(Model):
     step: Annotated[float, Field(gt=0)] = setting(..., "keV or eV", "width of a channel")
 
 
+class Beam(Model):
+    """The electrons that a series cost."""
+
+    flow: ClassVar[bool] = True
+    current: float = setting(..., "pA", "of the probe", gt=0)
+    dwell: float = setting(..., "us", "at each pixel of an image or a map, all its frames together", gt=0)
+
+
 class Source(Model):
     """Where a measured image or tilt series lies and what its numbers are."""
 
@@ -90,6 +98,8 @@ class Source(Model):
         None, "as the data", "known background: a number, one per projection, or {key: , scale_key: }",
         examples=["0.0"])
     units: Units = setting("intensity", "-", "what the numbers are; only counts are Poisson distributed")
+    beam: Beam | None = setting(None, "-", "what the series cost in electrons; the run then tells the dose",
+                                examples=["{current: 115.0, dwell: 24.0}"])
 
 
 class ChemSource(Source):

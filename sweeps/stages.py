@@ -180,7 +180,7 @@ def measured_data(data: Measured, opened: dict[str, measured.Recording] | None =
 
 
 def _recording(data: Measured, source: Source, count: int | None) -> measured.Recording:
-    given = source.model_dump(exclude={"candidates"})
+    given = source.model_dump(exclude={"candidates", "beam"})
     if count is not None:
         total = len(measured.read_series(**given, root=data.root).angles)
         chosen = given["tilts"] or list(range(total))
