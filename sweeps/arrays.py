@@ -44,7 +44,7 @@ WORDS = {  # units and long names of what is not a setting
     "metric_r_squared_smooth": ("1", "R^2 of HAADF as a sum of the maps, both smoothed"),
     **{f"metric_dose_{name}": ("e/A^2", words) for name, words in (
         ("haadf", "electrons that the HAADF series took"), ("chem", "electrons that the maps took"),
-        ("total", "electrons that both took"), ("conventional", "electrons that a map at every tilt would have taken"))},
+        ("total", "electrons that both took"), ("conventional", "electrons that a map at each tilt would have taken"))},
     "metric_rmsd": ("pm", "root-mean-square distance of traced atoms from the true ones"),
     "metric_tracing_error": ("%", "atoms missed, invented or wrongly named"),
     "metric_classification": ("%", "found atoms that are rightly named"),
