@@ -188,7 +188,7 @@ def _flat(run: Run) -> Iterator[tuple[str, str, Figure]]:
 
 def _solid(run: Run) -> Iterator[tuple[str, str, Figure]]:
     """Planes of volumes; of HEBT also how alpha and n matter; weight fractions where they were asked for."""
-    from sweeps import bimodal_figures
+    from sweeps import bimodal_figures, surface_figures
 
     kept = {cell.id: group for cell in run.cells if (group := _group(run, cell)) is not None}
     chosen, found = compared(run, [cell for cell in run.cells if cell.id in kept]), bimodal.curves(run)
@@ -201,6 +201,9 @@ def _solid(run: Run) -> Iterator[tuple[str, str, Figure]]:
               and tuple(kept[cell.id].attrs["elements"]) == elements]
     truth = _truth(run, chosen[-1].sweep, elements, shape[1:])
     yield from _slices(run, kept, chosen, truth)
+    shown = ({} if truth is None else {"truth": truth}) | {_caption(run, chosen[-1]): best["volume"][:]}
+    yield ("surfaces", "Where each element's concentration crosses half of what it reaches; the best cell.",
+           surface_figures.surfaces(shown, elements, float(np.min(best.attrs["voxel_nm"]))))
     if "field_haadf" in best:
         yield ("haadf", f"SIRT of the HAADF images alone, {run.sweep.output.haadf} iterations (HEBT, Fig. 7).",
                bimodal_figures.haadf(best["field_haadf"][:], float(np.min(best.attrs["voxel_nm"]))))

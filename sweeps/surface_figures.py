@@ -1,0 +1,69 @@
+"""Surfaces of volumes, drawn without a display: where each element's concentration crosses half of what it reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import LightSource
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+from skimage.measure import marching_cubes
+from skimage.transform import downscale_local_mean
+
+FINE = 40  # voxels along an edge at most: finer triangles are smaller than a pixel, and take matplotlib long
+REACHED = 99.9  # percentile of a volume that counts as what it reaches
+LIGHT = LightSource(azdeg=225, altdeg=50)
+VIEW = (22, -58)  # elevation and azimuth [deg]
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+
+Mesh = tuple[np.ndarray, np.ndarray]
+
+
+def surface(volume: np.ndarray, voxel: float) -> Mesh | None:
+    """Corners (corner, 3), x, y, z [nm] from the middle, and triangles (triangle, 3), of a volume (z, y, x) at half its
+    REACHED percentile; None where it has no such surface."""
+    factor = -(-max(volume.shape) // FINE)
+    shown = downscale_local_mean(volume, (factor,) * 3) if factor > 1 else np.asarray(volume)
+    level = np.percentile(shown, REACHED) / 2
+    if not shown.min() < level < shown.max():
+        return None
+    padded = np.pad(shown, 1, constant_values=min(0.0, float(shown.min())))  # closed where it leaves the field
+    corners, triangles, _, _ = marching_cubes(padded, level)
+    at = (corners - 1) * factor + (factor - 1) / 2 - (np.array(volume.shape) - 1) / 2
+    return at[:, ::-1] * voxel, triangles
+
+
+def surfaces(volumes: Mapping[str, np.ndarray], elements: Sequence[str], voxel: float) -> Figure:
+    """A row per volume (element, z, y, x), by title; a column per element, and one of all of them together."""
+    columns = [(k,) for k in range(len(elements))] + ([tuple(range(len(elements)))] if len(elements) > 1 else [])
+    figure = Figure(figsize=(2.7 * len(columns) + 0.3, 2.6 * len(volumes) + 0.3), layout="constrained")
+    axes = figure.subplots(len(volumes), len(columns), squeeze=False, subplot_kw={"projection": "3d"})
+    for row, (title, volume) in zip(axes, volumes.items(), strict=True):
+        meshes = [surface(each, voxel) for each in volume]
+        half = np.array(volume.shape[:0:-1]) * voxel / 2  # x, y, z
+        for ax, members in zip(row, columns, strict=True):
+            for k in members:
+                if (mesh := meshes[k]) is not None:
+                    ax.add_collection3d(Poly3DCollection(
+                        mesh[0][mesh[1]], facecolors=COLOURS[k % len(COLOURS)], shade=True, lightsource=LIGHT,
+                        alpha=1.0 if len(members) == 1 else 0.45, edgecolor="none"))
+            _box(ax, half)
+            ax.set_title(elements[members[0]] if len(members) == 1 else "together", fontsize=9, pad=-4)
+        row[0].text2D(-0.02, 0.5, title, transform=row[0].transAxes, rotation=90, va="center", fontsize=8)
+    return figure
+
+
+def _box(ax: Any, half: np.ndarray) -> None:
+    """Axes in nm about the middle, of equal scale."""
+    for which, edge in zip("xyz", half):
+        ax.set(**{f"{which}lim": (-edge, edge), f"{which}label": f"{which} [nm]"})
+        ax.tick_params(axis=which, labelsize=6, pad=-3)
+        axis = getattr(ax, f"{which}axis")
+        axis.set_major_locator(MaxNLocator(5))
+        axis.label.set_fontsize(6)
+        axis.labelpad = -8
+    ax.set_box_aspect(tuple(half))  # a copy: it is scaled in place
+    ax.view_init(*VIEW)
