@@ -45,6 +45,12 @@ WORDS = {  # units and long names of what is not a setting
     **{f"metric_dose_{name}": ("e/A^2", words) for name, words in (
         ("haadf", "electrons that the HAADF series took"), ("chem", "electrons that the maps took"),
         ("total", "electrons that both took"), ("conventional", "electrons that a map at each tilt would have taken"))},
+    **{f"metric_{true}particles": ("1", f"particles{words}") for true, words in (("", ""), ("true_", " of the truth"))},
+    "metric_particles_cut": ("1", "particles that reach the end of the volume"),
+    **{f"metric_{true}diameter{sigma}": ("nm", f"{kind} of the diameters of whole particles{words}") for true, words in
+       (("", ""), ("true_", " of the truth")) for sigma, kind in (("", "mean"), ("_sigma", "sigma"))},
+    "metric_shell": ("nm", "thickness of the shell"),
+    "metric_shell_se": ("nm", "standard error of the shell's thickness"),
     "metric_rmsd": ("pm", "root-mean-square distance of traced atoms from the true ones"),
     "metric_tracing_error": ("%", "atoms missed, invented or wrongly named"),
     "metric_classification": ("%", "found atoms that are rightly named"),

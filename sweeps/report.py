@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.measured import read_truth
-from sweeps import atomic, bimodal, crystalline, dose, grid, settings, stages, tables
+from sweeps import atomic, bimodal, crystalline, dose, grains, grid, settings, stages, tables
 from sweeps.atlas import RunFolder, resolved
 from sweeps.grid import Cell
 from sweeps.journal import RunError
@@ -83,7 +83,8 @@ def table(folder: Path) -> str:
 
 def _text(run: Run) -> str:
     own = {"hebt": (bimodal.text,), "mset": (atomic.text,), "mspt": (atomic.text, crystalline.text)}
-    parts = (tables.table(run), dose.text(run), *(words(run) for words in own.get(run.sweep.system, ())))
+    parts = (tables.table(run), dose.text(run), grains.text(run),
+             *(words(run) for words in own.get(run.sweep.system, ())))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -188,7 +189,7 @@ def _flat(run: Run) -> Iterator[tuple[str, str, Figure]]:
 
 def _solid(run: Run) -> Iterator[tuple[str, str, Figure]]:
     """Planes of volumes; of HEBT also how alpha and n matter; weight fractions where they were asked for."""
-    from sweeps import bimodal_figures, surface_figures
+    from sweeps import bimodal_figures, shape_figures
 
     kept = {cell.id: group for cell in run.cells if (group := _group(run, cell)) is not None}
     chosen, found = compared(run, [cell for cell in run.cells if cell.id in kept]), bimodal.curves(run)
@@ -203,7 +204,11 @@ def _solid(run: Run) -> Iterator[tuple[str, str, Figure]]:
     yield from _slices(run, kept, chosen, truth)
     shown = ({} if truth is None else {"truth": truth}) | {_caption(run, chosen[-1]): best["volume"][:]}
     yield ("surfaces", "Where each element's concentration crosses half of what it reaches; the best cell.",
-           surface_figures.surfaces(shown, elements, float(np.min(best.attrs["voxel_nm"]))))
+           shape_figures.surfaces(shown, elements, float(np.min(best.attrs["voxel_nm"]))))
+    if "field_particles" in best:
+        yield ("particles", "Diameters of the particles of the best cell, and their composition below the surface.",
+               shape_figures.grains(best["field_particles"][:], best["field_profile"][:] if "field_profile" in best
+                                    else None, elements))
     if "field_haadf" in best:
         yield ("haadf", f"SIRT of the HAADF images alone, {run.sweep.output.haadf} iterations (HEBT, Fig. 7).",
                bimodal_figures.haadf(best["field_haadf"][:], float(np.min(best.attrs["voxel_nm"]))))

@@ -10,7 +10,7 @@ from engine.physics import SYMBOLS
 from sweeps.defaults import FLAT
 from sweeps.fields import Range, ends
 from sweeps.patterns import Files, Mset, Mspt, Recorded, Scanned, crystal_of
-from sweeps.schema import Fractions, Fused3D, Hebt, Output, Particle, Phantom, Shares, Sweep
+from sweeps.schema import Fractions, Fused3D, Grains, Hebt, Output, Particle, Phantom, Shares, Sweep
 from sweeps.sources import ChemSource, Element, Measured, Source
 from sweeps.yamlio import Keys, flow
 
@@ -52,6 +52,8 @@ def conflicts(sweep: Sweep) -> Iterator[Problem]:
         yield ("output", "haadf"), "is for hebt alone"
     if sweep.output.fractions is not None:
         yield from _fractions(sweep.output.fractions, elements(sweep))
+    if sweep.output.particles is not None:
+        yield from _particles(sweep.output.particles, elements(sweep))
     if tunables(sweep) and search.strategy == "per_cell" and search.trials < search.initial:
         yield ("search", "trials"), (f"{search.trials} trials end before the {search.initial} initial ones; "
                                      f"write initial: {max(1, search.trials // 2)}")
@@ -100,6 +102,8 @@ def _flat(sweep: Sweep) -> Iterator[Problem]:
         yield ("output", "shares", "mask"), "is for measured data alone; give above, below and margin"
     if sweep.output.fractions is not None:
         yield ("output", "fractions"), "is for fused3d and hebt; of maps, output.shares tells the concentrations"
+    if sweep.output.particles is not None:
+        yield ("output", "particles"), "is for fused3d and hebt: maps have no volumes"
     if sweep.search.objective == "heldout" and isinstance(data, Measured) and data.chem.units != "counts":
         yield ("search", "objective"), (f"heldout parts the counts of a map, and {data.chem.units} cannot be parted; "
                                         "give data.chem.units: counts where they are")
@@ -129,7 +133,7 @@ def _scanned(sweep: Sweep) -> Iterator[Problem]:
             yield ("data", name), f"{getattr(data, name)} is no element; give its symbol, as in Au"
     if isinstance(data, Recorded) and isinstance(data.scan, Files):
         yield from _files(data.scan, data.tilts)
-    for name in ("shares", "fractions", "haadf"):
+    for name in ("shares", "fractions", "haadf", "particles"):
         if getattr(sweep.output, name) != getattr(Output(), name):
             yield ("output", name), f"is for maps of elements, which {sweep.system} has not"
 
@@ -218,6 +222,17 @@ def _fractions(given: Fractions, names: tuple[str, ...]) -> Iterator[Problem]:
         unknown = [name for name in told if name not in names]
         if unknown:
             yield (*place, key), f"there are no maps of {', '.join(unknown)}; there are {', '.join(names)}"
+
+
+def _particles(given: Grains, names: tuple[str, ...]) -> Iterator[Problem]:
+    """Particles of elements that there are."""
+    place: Keys = ("output", "particles")
+    for key, told in (("of", given.of or ()), ("shell", (given.shell,)), ("core", (given.core,))):
+        unknown = [name for name in told if name is not None and name not in names]
+        if unknown:
+            yield (*place, key), f"there are no maps of {', '.join(unknown)}; there are {', '.join(names)}"
+    if (given.shell is None) != (given.core is None) or (given.shell is not None and given.shell == given.core):
+        yield (*place, "shell"), "shell and core are two elements; give both, or neither"
 
 
 def _phantom(data: Phantom, sweep: Sweep) -> Iterator[Problem]:

@@ -39,7 +39,7 @@ from sweeps.fields import (
     setting,
     steps,
 )
-from sweeps.patterns import Mset, Mspt, Recorded, Scanned
+from sweeps.patterns import Found, Mset, Mspt, Recorded, Scanned
 from sweeps.sources import Measured
 from sweeps.yamlio import Document, Keys, dotted, flow, split
 
@@ -234,6 +234,19 @@ class Fractions(Model):
         None, "degrees", "of the X-ray detector; with it absorption is checked (package xraylib)")
 
 
+class Grains(Model):
+    """Particles of the volumes: their diameters, a shell, and how they change from the surface inward."""
+
+    flow: ClassVar[bool] = True
+    of: Annotated[list[str], Field(min_length=1)] | None = setting(
+        None, "-", "elements whose sum shows the particles; without it all")
+    threshold: Found = setting(
+        None, "-", "of that sum, above which a particle is; auto: Otsu's", examples=["0.5"])
+    least: float = setting(0.0, "nm", "diameter below which a particle does not count", ge=0)
+    shell: str | None = setting(None, "-", "element of a shell, whose thickness is told with core")
+    core: str | None = setting(None, "-", "element below the shell")
+
+
 class Output(Model):
     """What is kept."""
 
@@ -244,6 +257,9 @@ class Output(Model):
     fractions: Fractions | None = setting(
         None, "-", "fused3d and hebt: weight and atomic fractions of the volumes",
         examples=["{by: tables, beam: 200.0}"])
+    particles: Grains | None = setting(
+        None, "-", "fused3d and hebt: particles in the volumes and their diameters",
+        examples=["{of: [Co], least: 5.0}"])
 
 
 class Given(dict[str, Any]):

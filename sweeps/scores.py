@@ -10,7 +10,7 @@ import numpy as np
 from engine import fused2d, fused3d, hebt, metrics, stoichiometry
 from engine.data import DataError, MultiModal, Solution
 from engine.quantify import Quantified
-from sweeps import dose, flat, fractions
+from sweeps import dose, flat, fractions, grains
 from sweeps.schema import Fractions
 from sweeps.settings import Sweep
 
@@ -49,7 +49,7 @@ class Judge:
             found["elements"] |= each
         if self.sweep.system == "hebt" and self.data.truth is not None:
             found["elements"]["ssim_windowed"] = self._each(metrics.ssim_windowed, solution.volume, self.data.truth)
-        found["metrics"] |= dose.metrics(self.sweep, self.data)
+        found["metrics"] |= dose.metrics(self.sweep, self.data) | self._particles(solution.volume)[0]
         return found
 
     def against_truth(self, volume: np.ndarray) -> Score:
@@ -71,7 +71,7 @@ class Judge:
     def arrays(self, solution: Solution) -> dict[str, np.ndarray]:
         """What is kept beside the volume because the sweep asks for it."""
         found = self._quantified(solution)
-        return (fractions.arrays(found) if found else {}) | self._haadf_alone
+        return (fractions.arrays(found) if found else {}) | self._haadf_alone | self._particles(solution.volume)[1]
 
     @cached_property
     def _haadf_alone(self) -> dict[str, np.ndarray]:
@@ -80,6 +80,23 @@ class Judge:
         if not count or self.data.haadf is None:
             return {}
         return {"haadf": hebt.reconstruct(self.data, hebt.Settings("haadf", "paper", iterations=count)).volume[0]}
+
+    def _particles(self, volume: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Numbers and arrays of the particles in a volume, and numbers of the true ones."""
+        given = self.sweep.output.particles
+        if given is None or not np.isfinite(volume).all():
+            return {}, {}
+        whole, arrays = grains.scores(given, volume, self.elements, self.data.chem.pixel_size)
+        return whole | self._true_particles, arrays
+
+    @cached_property
+    def _true_particles(self) -> dict[str, float]:
+        given, truth = self.sweep.output.particles, self.data.truth
+        if given is None or truth is None:
+            return {}
+        known = grains.scores(given.model_copy(update={"threshold": None}), truth, self.elements,
+                              self.data.chem.pixel_size)[0]
+        return {f"true_{name}": known[name] for name in ("particles", "diameter", "diameter_sigma") if name in known}
 
     def _quantified(self, solution: Solution) -> Quantified | None:
         """Fractions of a solution; None where they are not asked for, or nothing can be told."""

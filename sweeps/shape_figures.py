@@ -1,4 +1,4 @@
-"""Surfaces of volumes, drawn without a display: where each element's concentration crosses half of what it reaches."""
+"""Surfaces of volumes, drawn without a display, and the particles in them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Mesh = tuple[np.ndarray, np.ndarray]
 
 
 def surface(volume: np.ndarray, voxel: float) -> Mesh | None:
-    """Corners (corner, 3), x, y, z [nm] from the middle, and triangles (triangle, 3), of a volume (z, y, x) at half its
-    REACHED percentile; None where it has no such surface."""
+    """Where a volume (z, y, x) crosses half of what it reaches: corners (corner, 3), x, y, z [nm] from the middle, and
+    triangles (triangle, 3); None where it has no such surface."""
     factor = -(-max(volume.shape) // FINE)
     shown = downscale_local_mean(volume, (factor,) * 3) if factor > 1 else np.asarray(volume)
     level = np.percentile(shown, REACHED) / 2
@@ -67,3 +67,30 @@ def _box(ax: Any, half: np.ndarray) -> None:
         axis.labelpad = -8
     ax.set_box_aspect(tuple(half))  # a copy: it is scaled in place
     ax.view_init(*VIEW)
+
+
+def grains(table: np.ndarray, profile: np.ndarray | None, elements: Sequence[str]) -> Figure:
+    """Diameters as a histogram, means of elements over depth. table, profile: as `sweeps.grains.scores` has them."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    whole, cut = (table[table[:, 4] == value, 3] for value in (0, 1))
+    edges = np.histogram_bin_edges(table[:, 3], bins="auto")
+    shown = [("whole", COLOURS[0], whole)] + ([("cut off by the field", "0.7", cut)] if len(cut) else [])
+    names, colours, values = zip(*shown, strict=True)
+    left.hist(values, bins=edges, stacked=True, color=colours, label=names)
+    left.set_xlabel("diameter [nm]", fontsize=8)
+    left.set_ylabel("particles", fontsize=8)
+    left.yaxis.set_major_locator(MaxNLocator(integer=True))
+    left.legend(fontsize=7, frameon=False)
+    if profile is None:
+        right.set_axis_off()
+    else:
+        for k, element in enumerate(elements):
+            right.plot(profile[0], profile[1 + k], ".-", color=COLOURS[k % len(COLOURS)], lw=1, label=element)
+        right.set_xlabel("depth below the surface [nm]", fontsize=8)
+        right.set_ylabel("mean concentration", fontsize=8)
+        right.set_ylim(bottom=0)
+        right.legend(fontsize=7, frameon=False)
+    for ax in (left, right):
+        ax.tick_params(labelsize=7)
+    return figure

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sweeps import surface_figures
+from sweeps import shape_figures
 
 N, VOXEL, RADIUS = 40, 0.5, 6.0  # voxels, nm, nm
 
@@ -19,7 +19,7 @@ def ball(centre=(0.0, 0.0, 0.0), n=N):
 @pytest.mark.parametrize("n", [40, 100])
 def test_a_ball_has_its_area_and_its_place(n):
     """Also where it is drawn on coarser voxels."""
-    corners, triangles = surface_figures.surface(ball((1.0, 2.0, -3.0), n), VOXEL)
+    corners, triangles = shape_figures.surface(ball((1.0, 2.0, -3.0), n), VOXEL)
     first, second, third = (corners[triangles[:, k]] for k in range(3))
     area = np.linalg.norm(np.cross(second - first, third - first), axis=1).sum() / 2
     assert area == pytest.approx(4 * np.pi * RADIUS**2, rel=0.03)
@@ -27,20 +27,20 @@ def test_a_ball_has_its_area_and_its_place(n):
 
 
 def test_what_leaves_the_field_is_closed_and_what_is_flat_has_none():
-    corners, _ = surface_figures.surface(np.ones((8, 8, 8)), VOXEL) or (None, None)
+    corners, _ = shape_figures.surface(np.ones((8, 8, 8)), VOXEL) or (None, None)
     assert corners is None or np.abs(corners).max() <= 4.5 * VOXEL
-    assert surface_figures.surface(np.zeros((8, 8, 8)), VOXEL) is None
+    assert shape_figures.surface(np.zeros((8, 8, 8)), VOXEL) is None
     half = np.zeros((8, 8, 8))
     half[:4] = 1
-    corners, triangles = surface_figures.surface(half, VOXEL)
+    corners, triangles = shape_figures.surface(half, VOXEL)
     edges = np.sort(np.concatenate([triangles[:, [0, 1]], triangles[:, [1, 2]], triangles[:, [2, 0]]]), axis=1)
     assert np.all(np.unique(edges, axis=0, return_counts=True)[1] == 2)  # watertight
 
 
 def test_a_panel_for_each_element_and_all_of_them_of_each_volume():
     volumes = {"truth": np.stack([ball(n=16), np.zeros((16, 16, 16))]), "found": np.stack([ball(n=16)] * 2)}
-    figure = surface_figures.surfaces(volumes, ("Co", "O"), VOXEL)
+    figure = shape_figures.surfaces(volumes, ("Co", "O"), VOXEL)
     assert len(figure.axes) == 6 and [ax.get_title() for ax in figure.axes[:3]] == ["Co", "O", "together"]
     assert [len(ax.collections) for ax in figure.axes] == [1, 0, 1, 1, 1, 2]
     assert figure.axes[0].get_xlim() == (-4.0, 4.0)
-    assert len(surface_figures.surfaces({"one": ball(n=16)[None]}, ("Co",), VOXEL).axes) == 1
+    assert len(shape_figures.surfaces({"one": ball(n=16)[None]}, ("Co",), VOXEL).axes) == 1
