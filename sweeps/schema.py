@@ -259,7 +259,7 @@ class Output(Model):
         examples=["{by: tables, beam: 200.0}"])
     particles: Grains | None = setting(
         None, "-", "fused3d and hebt: particles in the volumes and their diameters",
-        examples=["{of: [Co], least: 5.0}"])
+        examples=["{least: 5.0}"])
 
 
 class Given(dict[str, Any]):
