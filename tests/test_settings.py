@@ -322,7 +322,7 @@ def test_the_template_loads_and_explains_every_setting(measured: bool, system: s
     # Settings that are not given stand there behind a comment sign; without it they load too.
     names = {name.split(".")[-1] for name, _ in settings.fields()}
     names -= {"responses"} if measured else set()  # those of the example's other elements
-    names -= {"fused3d": {"candidates"}, "mset": {"fractions", "particles"}}.get(system, set())  # which do not take them
+    names -= {"fused3d": {"candidates"}, "mset": {"fractions", "particles"}}.get(system, set())  # not for them
     given = re.sub(r"(?m)^( *)# (\w+): (?!null)",
                    lambda m: f"{m[1]}{m[2]}: " if m[2] in names else m[0], text)
     # What has an example and no default:
