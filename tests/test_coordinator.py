@@ -23,6 +23,8 @@ from sweeps.search import searches
 from tests.coordinate import coordinate, sweep
 from tests.test_workers import MPIEXEC, needs_mpi
 
+KILLS = int(os.environ.get("TOMOATLAS_KILLS", 40))  # of workers, coordinators and both; a hundred take minutes
+
 
 def events(folder, *kinds):
     """The journal's events of some kinds."""
@@ -188,7 +190,7 @@ def spawn(folder, *options, ranks=0):
                             start_new_session=True)
 
 
-def kill_again_and_again(folder, order, ranks, kills=10):
+def kill_again_and_again(folder, order, ranks, kills):
     """SIGKILL to the coordinator at random moments; no finished trial may be lost between two runs."""
     chance, finished = random.Random(0), Counter()
     for _ in range(kills):
@@ -208,12 +210,12 @@ def kill_again_and_again(folder, order, ranks, kills=10):
     return finished
 
 
-@pytest.mark.parametrize("order, ranks", [
-    ("strict", 0), pytest.param("free", 0, marks=pytest.mark.slow),
-    pytest.param("strict", 3, marks=[needs_mpi, pytest.mark.slow])])
-def test_ten_kills_of_the_coordinator_lose_nothing_and_change_nothing(order, ranks, tmp_path):
+@pytest.mark.parametrize("order, ranks, kills", [
+    ("strict", 0, 10), pytest.param("free", 0, 5, marks=pytest.mark.slow),
+    pytest.param("strict", 3, 5, marks=[needs_mpi, pytest.mark.slow])])
+def test_kills_of_the_coordinator_lose_nothing_and_change_nothing(order, ranks, kills, tmp_path):
     folder, chosen = tmp_path / "killed", sweep(8, order)
-    finished = kill_again_and_again(folder, order, ranks)
+    finished = kill_again_and_again(folder, order, ranks, kills)
     assert 0 < sum(finished.values()) < 34
     with spawn(folder, "--order", order, "--trials", 8, "--evaluate", "paced", ranks=ranks) as process:
         out, err = process.communicate(timeout=60)
@@ -245,12 +247,13 @@ def killed(pid):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="children are found under /proc")
-def test_a_hundred_kills_of_anything_lose_nothing_and_change_nothing(tmp_path):
-    """Workers, the coordinator and both together are killed at random moments of a sweep of 202 trials."""
-    folder, chosen, chance = tmp_path / "killed", sweep(50, "strict", initial=20), random.Random(1)
-    options = ("--order", "strict", "--trials", 50, "--initial", 20, "--evaluate", "paced")
+def test_kills_of_anything_lose_nothing_and_change_nothing(tmp_path):
+    """Workers, the coordinator and both together are killed KILLS times at random moments of a sweep."""
+    per_cell = KILLS // 2
+    folder, chosen, chance = tmp_path / "killed", sweep(per_cell, "strict", initial=KILLS // 5), random.Random(1)
+    options = ("--order", "strict", "--trials", per_cell, "--initial", KILLS // 5, "--evaluate", "paced")
     kills, process, hold = Counter(), None, tmp_path / "hold"
-    while kills.total() < 100:
+    while kills.total() < KILLS:
         if process is None or process.poll() is not None:
             assert process is None or process.returncode in (-signal.SIGKILL, 2)  # 2: no worker was left
             if process is not None:
@@ -287,7 +290,7 @@ def test_a_hundred_kills_of_anything_lose_nothing_and_change_nothing(tmp_path):
             out, err = process.communicate(timeout=300)
             assert process.returncode in (0, 2), err
     rows = Counter(map(place, events(folder, "result")))
-    assert rows.total() == len(rows) == 202 and min(kills.values()) > 5
+    assert rows.total() == len(rows) == 4 * per_cell + 2 and min(kills.values()) > 1 and len(kills) == 3
     assert all(event["status"] == "ok" for event in events(folder, "result"))
     assert_whole(folder, chosen)
     coordinate(tmp_path / "calm", chosen)
