@@ -107,15 +107,15 @@ def test_a_machine_that_dies_whole_ends_the_run_with_a_sentence(tmp_path):
 
 
 def test_a_time_limit_makes_jobs_of_it_and_loses_nothing(tmp_path):
-    chosen = sweep(6, axes={"chem_tilts": [3, 5, 7, 9]}, initial=3)
+    chosen = sweep(9, axes={"chem_tilts": [3, 5, 7, 9]}, initial=5)
     whole, _ = simulated(tmp_path / "whole", Machine(4), chosen)
-    parts, log = simulated(tmp_path / "parts", Machine(4), chosen, walltime=200.0, queue=1000.0)
+    parts, log = simulated(tmp_path / "parts", Machine(4), chosen, walltime=300.0, queue=1000.0)
     starts = [event for event in log if event["event"] == "start"]
     stops = [event for event in log if event["event"] == "stop"]
     assert parts.jobs == len(starts) == len(stops) + 1 > 2 and parts.lost == parts.repeated == 0
     assert all("the job's time ends in" in event["reason"] for event in stops)
     for start, stop in zip(starts, stops, strict=False):
-        assert stop["time"] - start["time"] < 200
+        assert stop["time"] - start["time"] < 300
     for stop, start in zip(stops, starts[1:], strict=False):
         assert start["time"] - stop["time"] >= 1000
     assert parts.elapsed > whole.elapsed
