@@ -127,7 +127,8 @@ def _fields(sweep: Sweep) -> tuple[int, int]:
     large, small = FIELDS[sweep.system]
     more = FIELDS["fractions"] if sweep.output.fractions else (0, 0)
     refined = len(sweep.solver.refine) if isinstance(sweep.solver, Mset) else 0
-    return large + more[0] + bool(sweep.output.haadf), small + more[1] + refined
+    told = 4 * sweep.output.resolution + 2 * (sweep.output.particles is not None)
+    return large + more[0] + bool(sweep.output.haadf), small + more[1] + refined + told
 
 
 def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
@@ -143,6 +144,7 @@ def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
     volume = 1 + (1 + large) * (1 + each) + 2 * (small + HISTORIES)
     published = len(costs) if kept else 0
     folds = sweep.search.folds + 2 if sweep.search.objective == "heldout" else 0
+    told = (8 if sweep.output.resolution else 0) + (18 if sweep.output.particles else 0)
     made = sum({(cost.extent.shape, cost.extent.pixel): cost.extent.files for cost in costs}.values())
     if sweep.system == "mspt":  # a phase image of each tilt, for each way to make it
         made += sum(cost.extent.chem * max(1, round(grid.effort(cost.cell))) for cost in costs)
@@ -150,7 +152,7 @@ def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
     varied = len(grid.axes(sweep)) + len(list(tunables(sweep)))
     return {
         "volumes": (kept + published) * volume,
-        "tables": 2 * (TABLES + (FRACTIONS if sweep.output.fractions else 0) + 2 * (varied + folds)),
+        "tables": 2 * (TABLES + (FRACTIONS if sweep.output.fractions else 0) + told + 2 * (varied + folds)),
         "prepared data": 0 if isinstance(sweep.data, Measured) else len(costs) + len(sizes) + made,
         "best settings": len(costs),
         "others": FIXED + (len(costs) if sweep.system in OF_PATTERNS and kept else 0),
@@ -160,12 +162,12 @@ def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:
 def _cost(cell: Cell, extent: Extent) -> Cost:
     """Searched trials, and the fixed ones at their own method and iterations.
 
-    A held-out objective solves each trial once per fold and once with all maps.
+    A held-out objective solves each trial once per fold and once with all maps; output.resolution each half once.
     """
     sweep = cell.sweep
     gpu_rows, core_rows = (_measured_solves(kind) for kind in ("gpu", "core"))
     several = sweep.search.objective == "heldout" and sweep.system not in OF_PATTERNS
-    each = sweep.search.folds + 1 if several else 1
+    each = (sweep.search.folds + 1 if several else 1) + 2 * sweep.output.resolution
     planned = [(fixed, 1.0) for fixed in cell.fixed] + ([({}, grid.effort(cell))] if cell.space else [])
     memory: dict[str, int] = {}
     gpu = core = 0.0

@@ -49,6 +49,9 @@ WORDS = {  # units and long names of what is not a setting
     "metric_particles_cut": ("1", "particles that reach the end of the volume"),
     **{f"metric_{true}diameter{sigma}": ("nm", f"{kind} of the diameters of whole particles{words}") for true, words in
        (("", ""), ("true_", " of the truth")) for sigma, kind in (("", "mean"), ("_sigma", "sigma"))},
+    **{f"metric_resolved{haadf}{part}": ("nm", f"resolution of {words}, two halves of the tilts to 0.143{where}")
+       for haadf, words in (("", "each element"), ("_haadf", "HAADF alone"))
+       for part, where in (("", ""), ("_z", ", within 30 degrees of z"))},
     "metric_shell": ("nm", "thickness of the shell"),
     "metric_shell_se": ("nm", "standard error of the shell's thickness"),
     "metric_rmsd": ("pm", "root-mean-square distance of traced atoms from the true ones"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.measured import read_truth
-from sweeps import atomic, bimodal, crystalline, dose, grains, grid, settings, stages, tables
+from sweeps import atomic, bimodal, crystalline, dose, grains, grid, halves, settings, stages, tables
 from sweeps.atlas import RunFolder, resolved
 from sweeps.grid import Cell
 from sweeps.journal import RunError
@@ -83,7 +83,7 @@ def table(folder: Path) -> str:
 
 def _text(run: Run) -> str:
     own = {"hebt": (bimodal.text,), "mset": (atomic.text,), "mspt": (atomic.text, crystalline.text)}
-    parts = (tables.table(run), dose.text(run), grains.text(run),
+    parts = (tables.table(run), dose.text(run), grains.text(run), halves.text(run),
              *(words(run) for words in own.get(run.sweep.system, ())))
     return "\n\n".join(part for part in parts if part)
 
@@ -205,6 +205,10 @@ def _solid(run: Run) -> Iterator[tuple[str, str, Figure]]:
     shown = ({} if truth is None else {"truth": truth}) | {_caption(run, chosen[-1]): best["volume"][:]}
     yield ("surfaces", "Where each element's concentration crosses half of what it reaches; the best cell.",
            shape_figures.surfaces(shown, elements, float(np.min(best.attrs["voxel_nm"]))))
+    if "field_fsc" in best:
+        curves = {name: best[f"field_{name}"][:] for name in ("fsc", "fsc_z", "shells", "shells_z")}
+        yield ("resolution", "Correlation of two halves of the tilts; the best cell, and HAADF alone.",
+               shape_figures.shells(curves, (*elements, "HAADF")))
     if "field_particles" in best:
         yield ("particles", "Diameters of the particles of the best cell, and their composition below the surface.",
                shape_figures.grains(best["field_particles"][:], best["field_profile"][:] if "field_profile" in best

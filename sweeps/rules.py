@@ -104,6 +104,8 @@ def _flat(sweep: Sweep) -> Iterator[Problem]:
         yield ("output", "fractions"), "is for fused3d and hebt; of maps, output.shares tells the concentrations"
     if sweep.output.particles is not None:
         yield ("output", "particles"), "is for fused3d and hebt: maps have no volumes"
+    if sweep.output.resolution:
+        yield ("output", "resolution"), "is for fused3d and hebt, whose tilts make two halves"
     if sweep.search.objective == "heldout" and isinstance(data, Measured) and data.chem.units != "counts":
         yield ("search", "objective"), (f"heldout parts the counts of a map, and {data.chem.units} cannot be parted; "
                                         "give data.chem.units: counts where they are")
@@ -133,7 +135,7 @@ def _scanned(sweep: Sweep) -> Iterator[Problem]:
             yield ("data", name), f"{getattr(data, name)} is no element; give its symbol, as in Au"
     if isinstance(data, Recorded) and isinstance(data.scan, Files):
         yield from _files(data.scan, data.tilts)
-    for name in ("shares", "fractions", "haadf", "particles"):
+    for name in ("shares", "fractions", "haadf", "particles", "resolution"):
         if getattr(sweep.output, name) != getattr(Output(), name):
             yield ("output", name), f"is for maps of elements, which {sweep.system} has not"
 

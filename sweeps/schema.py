@@ -257,6 +257,9 @@ class Output(Model):
     fractions: Fractions | None = setting(
         None, "-", "fused3d and hebt: weight and atomic fractions of the volumes",
         examples=["{by: tables, beam: 200.0}"])
+    resolution: bool = setting(
+        False, "-", "fused3d and hebt: whether each trial is repeated with two halves of the tilts, which tell how "
+        "fine its volumes are resolved; it then takes three times as long")
     particles: Grains | None = setting(
         None, "-", "fused3d and hebt: particles in the volumes and their diameters",
         examples=["{least: 5.0}"])

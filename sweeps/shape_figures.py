@@ -94,3 +94,21 @@ def grains(table: np.ndarray, profile: np.ndarray | None, elements: Sequence[str
     for ax in (left, right):
         ax.tick_params(labelsize=7)
     return figure
+
+
+def shells(curves: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
+    """Correlation of two halves over frequency, within the cone about z and outside. curves: as `sweeps.halves.scores`
+    has them; names: of elements, and of HAADF if it is there."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for ax, part, words in zip(figure.subplots(1, 2, sharey=True), ("", "_z"), ("beyond", "within"), strict=True):
+        for k, (name, curve) in enumerate(zip(names, curves[f"fsc{part}"], strict=False)):
+            colour = "black" if k == len(names) - 1 and name == "HAADF" else COLOURS[k % len(COLOURS)]
+            ax.plot(curves[f"shells{part}"], curve, color=colour, lw=1, label=name)
+        ax.axhline(0.143, color="0.5", lw=0.8, ls="--")
+        ax.set_title(f"{words} 30 degrees of z", fontsize=8)
+        ax.set_xlabel("frequency [1/nm]", fontsize=8)
+        ax.set_ylim(-0.2, 1.05)
+        ax.tick_params(labelsize=7)
+    figure.axes[0].set_ylabel("correlation of two halves", fontsize=8)
+    figure.axes[0].legend(fontsize=7, frameon=False)
+    return figure

@@ -16,9 +16,10 @@ import numpy as np
 
 from engine import fused2d, fused3d, heldout, metrics, programs
 from engine.data import DataError, DataWarning, MultiModal, Solution
+from engine.halves import correlations
 from engine.iterate import Keep
 from engine.sizes import bucket
-from sweeps import needs, scanned, sequential, stages
+from sweeps import halves, needs, scanned, sequential, stages
 from sweeps.grid import STOPPED
 from sweeps.patterns import OF_PATTERNS
 from sweeps.rules import elements
@@ -169,7 +170,14 @@ def _stopped(judge: Judge, chosen: Any, solution: Solution, score: Score,
             solution, score = replace(solution, volume=early.volume), judge.score(early)
         score = {**held, "metrics": score["metrics"] | held["metrics"] | {"best_iteration": best},
                  "elements": score["elements"] | held["elements"]}
-    solution = replace(solution, fields=solution.fields | judge.arrays(solution))
+    arrays = judge.arrays(solution)
+    if judge.sweep.output.resolution and solution.ok:
+        run = replace(chosen, iterations=int(score["metrics"].get("best_iteration", chosen.iterations)))
+        told, curves = halves.scores(correlations(judge.data, lambda half: judge.system.reconstruct(half, run)),
+                                     judge.elements)
+        score = score | {name: score[name] | told[name] for name in told}
+        arrays |= curves
+    solution = replace(solution, fields=solution.fields | arrays)
     return solution, {**score, "checkpoints": [{"iterations": n, **stops[n]} for n in sorted(stops)]}
 
 
