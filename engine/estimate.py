@@ -12,6 +12,8 @@ _SINGLE = 4  # bytes of a number
 # Volumes (all elements) that XLA keeps beside state and problem while a step runs: its memory analysis of the compiled
 # loop at 32^3 to 48^3, which tests/test_estimate.py repeats. A GPU's fusions may need less.
 _WORKING = {"fused": 3.0, "chem_tv": 2.1, "plain": 4.4, "fista": 3.3, "ml": 2.9, "sirt": 3.0}
+_ERRORS = 20  # volumes that the standard errors of fused3d take, and steps of conjugate gradients for a probe
+_ERROR_STEPS = 120
 # Relative work: of a projection or back projection per voxel and tilt, a TV step per voxel and element, the rest of an
 # iteration per voxel and element. In nanoseconds, on one core with AVX-512 (docs/BENCHMARKS.md has the measurement).
 _CORE_NS = {"projection": 0.07, "tv": 0.8, "rest": 9.0}
@@ -56,12 +58,12 @@ def measured(page: str, kind: str) -> list[Measured]:
 
 def solve(*, system: str, method: str, elements: int, shape: tuple[int, int, int], haadf_tilts: int, chem_tilts: int,
           iterations: int, inner: int, coarse: int = 0, dual_bits: int = 32, momentum: bool = False, devices: int = 1,
-          gpu: Sequence[Measured] = (), core: Sequence[Measured] = ()) -> Estimate:
+          probes: int = 0, gpu: Sequence[Measured] = (), core: Sequence[Measured] = ()) -> Estimate:
     """An estimate of one solve. shape: (nz, ny, nx) voxels. haadf_tilts 0: conventional. inner 0: without TV.
 
     coarse: iterations at each coarser size before. dual_bits: of TV's dual numbers. momentum: of hebt, whether it has
-    (its form `preconditioned`). devices: over how many it is spread; the bytes are those of one of them, the seconds
-    those of all together.
+    (its form `preconditioned`). probes: of the standard errors in 3D, if any. devices: over how many it is spread; the
+    bytes are those of one of them, the seconds those of all together.
     gpu, core: solves measured on such machines; the nearest in size is scaled by the work. Without any, the seconds
     come from a model of the hardware. Raises ValueError for a system that is not built.
     """
@@ -75,9 +77,12 @@ def solve(*, system: str, method: str, elements: int, shape: tuple[int, int, int
     images, maps = bucket(haadf_tilts) * plane if haadf_tilts else 0, elements * bucket(chem_tilts) * plane
     memory = (_sirt_bytes(volumes, voxels, images, maps, method, momentum) if system == "hebt"
               else _fused_bytes(volumes, voxels, images, maps, method, inner, dual_bits))
+    if probes:
+        memory["standard errors"] = _ERRORS * volumes + 2 * (images + maps)
     now = {"elements": elements, "voxels": nz * ny * nx, "haadf": haadf_tilts, "chem": chem_tilts, "inner": inner}
     # A coarser iteration has an eighth of the work.
     full = iterations + (coarse * sum(8.0**-k for k in range(1, levels + 1)) if fused else 0)
+    full += probes * _ERROR_STEPS
     seconds = [full * _iteration(rows, default, **now) for rows, default in ((gpu, _GPU_NS), (core, _CORE_NS))]
     return Estimate({name: _SINGLE * count for name, count in memory.items() if count}, *seconds)
 

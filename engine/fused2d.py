@@ -126,7 +126,7 @@ def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[i
     if ok and settings.errors != "none":
         # An image that the method has not seen makes nothing more certain.
         used = problem if settings.method != "chem_tv" else problem._replace(images=problem.images[:0])
-        maps, found = uncertainty.errors(used, volume, gain, counts, image_variance(data), settings.errors)
+        maps, found = uncertainty.errors(used, volume, gain, counts, model.image_variance(data), settings.errors)
         fields, metrics = fields | maps, metrics | found
     return Solution(volume, history, outcome.status, ok, metrics, fields)
 
@@ -153,17 +153,6 @@ def solver(method: str, counts: bool) -> tuple[Callable, Callable, Callable]:
 def volume_of(state: State) -> jax.Array:
     """The volume of a state; pixels on the floor are 0."""
     return jnp.where(state.x > FLOOR, state.x, 0.0)
-
-
-def image_variance(data: MultiModal) -> float | None:
-    """Where the image is counts: the variance of a pixel per unit of the solver's image, which is divided by its level.
-
-    None where the noise is the same everywhere.
-    """
-    if data.haadf is None or data.haadf.units != "counts":
-        return None
-    image = data.haadf.projections[0] - np.broadcast_to(data.haadf.background, data.haadf.projections.shape)[0]
-    return float(1 / np.sqrt(np.mean(image.astype(np.float64) ** 2)))
 
 
 def _as_measured(data: MultiModal, problem: Problem) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import coupling, descent, model, pyramid, sharding
+from engine import coupling, descent, model, pyramid, sharding, uncertainty3d
 from engine.data import DataError, MultiModal, Solution
 from engine.iterate import Keep, Outcome, outcomes, settled, solve
 from engine.model import GAIN_STEPS, Problem
@@ -54,7 +54,11 @@ TRUST = 0.95  # by which caution fades in each iteration
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of one solve; see the YAML's `solver` for units and meaning. `inner`: TV steps per iteration."""
+    """Numbers of one solve; see the YAML's `solver` for units and meaning. `inner`: TV steps per iteration.
+
+    errors: the standard error of every voxel (`engine.uncertainty3d`), from so many random probes; ML and SIRT, which
+    stop short of a minimum, have none.
+    """
 
     method: Method = "fused"
     weights: Literal["z_gamma", "z"] = "z_gamma"
@@ -68,6 +72,8 @@ class Settings:
     coarse: int = 20
     dual_bits: Literal[32, 16] = 32
     devices: int = 1
+    errors: Literal["sandwich", "none"] = "none"
+    error_probes: int = 16
 
 
 class Metric(NamedTuple):
@@ -152,8 +158,22 @@ def reconstruct_batch(data: MultiModal, settings: Sequence[Settings], *, checkpo
                 checkpoints=checkpoints, observe=observed, keep=keep)
     sensitivity = np.asarray(sharding.one(problem.sensitivity, slabs)).ravel()
     fitted = {f"sensitivity_{e}": float(s) for e, s in zip(data.chem.elements, sensitivity)}
-    return [_solution(outcome, sharding.join(extract(outcome.state), slabs, data.shape[2]), fitted, slabs)
-            for outcome in outcomes(run, slabs, tolerance)]
+    solutions = [_solution(outcome, sharding.join(extract(outcome.state), slabs, data.shape[2]), fitted, slabs)
+                 for outcome in outcomes(run, slabs, tolerance)]
+    del run, begun  # their memory
+    if first.errors == "none" or first.method in ("ml", "sirt"):
+        return solutions
+    return [_with_errors(*each, first, data, slabs) if each[0].ok else each[0] for each in zip(solutions, problems)]
+
+
+def _with_errors(solution: Solution, problem: Problem, settings: Settings, data: MultiModal, slabs: int) -> Solution:
+    """The solution with its standard errors. Images that the method has not seen make nothing more certain."""
+    if settings.method == "chem_tv":
+        problem = problem._replace(images=problem.images[..., :0, :, :])
+    fields, averages = uncertainty3d.errors(
+        problem, solution.volume, solution.metrics["gain"], data.chem.units == "counts", model.image_variance(data),
+        settings.error_probes, slabs)
+    return replace(solution, fields=solution.fields | fields, metrics=solution.metrics | averages)
 
 
 def _coarse_to_fine(problem: Problem, settings: Settings, counts: bool, levels: int, slabs: int,
@@ -182,7 +202,7 @@ def _refining(counts: bool, axes: Problem | None) -> Callable:
 
 
 def _solution(outcome: Outcome, volume: np.ndarray, fitted: dict[str, float], slabs: int) -> Solution:
-    metrics = {"iterations": outcome.iterations, **fitted}
+    metrics = {"iterations": outcome.iterations, "gain": float(sharding.one(outcome.state.gain, slabs)), **fitted}
     if isinstance(outcome.state, State):
         # The volume is the one of least cost, not always the last: this is its own.
         cost, caution = sharding.one((outcome.state.best_cost, outcome.state.caution), slabs)

@@ -307,6 +307,17 @@ def fit_contrast(images: np.ndarray, parts: np.ndarray) -> np.ndarray:
     return np.maximum(contrast, 1e-3 * max(contrast.max(), 1e-30))
 
 
+def image_variance(data: MultiModal) -> float | None:
+    """Where the image is counts: the variance of a pixel per unit of the solver's image, which is divided by its level.
+
+    None where the noise is the same everywhere.
+    """
+    if data.haadf is None or data.haadf.units != "counts":
+        return None
+    image = data.haadf.projections[0] - np.broadcast_to(data.haadf.background, data.haadf.projections.shape)[0]
+    return float(1 / np.sqrt(np.mean(image.astype(np.float64) ** 2)))
+
+
 def _images(haadf, detector: tuple[int, int]) -> tuple[np.ndarray, float, Geometry]:
     if haadf is None:
         return np.zeros((0, *detector), np.float32), 1.0, geometry(np.zeros(0), 0)

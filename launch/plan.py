@@ -128,7 +128,8 @@ def _fields(sweep: Sweep) -> tuple[int, int]:
     more = FIELDS["fractions"] if sweep.output.fractions else (0, 0)
     refined = len(sweep.solver.refine) if isinstance(sweep.solver, Mset) else 0
     told = 4 * sweep.output.resolution + 2 * (sweep.output.particles is not None)
-    return large + more[0] + bool(sweep.output.haadf), small + more[1] + refined + told
+    errors = 2 if sweep.system == "fused3d" and getattr(sweep.solver, "errors", "none") != "none" else 0
+    return large + errors + more[0] + bool(sweep.output.haadf), small + more[1] + refined + told
 
 
 def _files(sweep: Sweep, costs: list[Cost], kept: int) -> dict[str, int]:

@@ -40,6 +40,9 @@ WORDS = {  # units and long names of what is not a setting
     "metric_threshold": ("1", "summed map above which the specimen is"),
     "metric_threshold_found": ("1", "1 where the specimen has a clear edge, 0 where Otsu's threshold was taken"),
     "metric_response": ("1", "HAADF per count of each element (HEBT, Eq. 15)"),
+    "metric_average_standard_error": ("1", "mean standard error of the concentrations in the specimen"),
+    "metric_average_relative_error": ("%", "mean standard error of the elements' shares in the specimen"),
+    "metric_error_residual": ("1", "worst residual of conjugate gradients for the standard errors"),
     "metric_r_squared": ("1", "R^2 of HAADF as a sum of the maps"),
     "metric_r_squared_smooth": ("1", "R^2 of HAADF as a sum of the maps, both smoothed"),
     **{f"metric_dose_{name}": ("e/A^2", words) for name, words in (

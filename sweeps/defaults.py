@@ -15,4 +15,5 @@ SNR: dict[str, dict[str, float]] = {
 }
 SHARED_TRIALS = 15  # docs/BENCHMARKS.md compares the map with that of 30 full trials per cell
 FLAT_DATA: dict[str, Any] = {"haadf_tilts": 1, "chem_tilts": 1, "background": 0.0}  # of a 2D specimen
-FLAT_SOLVER: dict[str, Any] = {"gamma": 1.7, "iterations": 200, "tolerance": 1e-5, "coarse": 0}
+FLAT_SOLVER: dict[str, Any] = {"gamma": 1.7, "iterations": 200, "tolerance": 1e-5, "coarse": 0,
+                               "errors": "sandwich"}

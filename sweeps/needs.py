@@ -38,12 +38,14 @@ def solve(sweep: Sweep, *, elements: int, shape: tuple[int, int, int], haadf_til
     if isinstance(solver, Fused3D):
         inner = 0 if method in MAPS_ONLY else max(ends(solver.inner))
         coarse, bits, momentum = solver.coarse, solver.dual_bits, False
+        told = sweep.system == "fused3d" and solver.errors != "none" and method not in MAPS_ONLY
+        draws = solver.error_probes if told else 0
     else:
-        inner, coarse, bits, momentum = 0, 0, 32, solver.form == "preconditioned"
+        inner, coarse, bits, momentum, draws = 0, 0, 32, solver.form == "preconditioned", 0
     return estimate.solve(system=sweep.system, method=method, elements=elements, shape=shape, inner=inner,
                           haadf_tilts=0 if method in CONVENTIONAL_METHODS else haadf_tilts, chem_tilts=chem_tilts,
                           iterations=iterations, coarse=coarse, dual_bits=bits, momentum=momentum,
-                          devices=solver.devices, gpu=gpu, core=core)
+                          devices=solver.devices, probes=draws, gpu=gpu, core=core)
 
 
 def check_memory(sweep: Sweep, need: estimate.Estimate, trials: int) -> None:

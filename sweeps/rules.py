@@ -95,7 +95,7 @@ def _flat(sweep: Sweep) -> Iterator[Problem]:
                 yield ("data", name), f"fused2d takes one image and one map per element, not {getattr(data, name)}"
     if solver.method in ("ml", "sirt"):
         yield ("solver", "method"), f"{solver.method} is for tomography: at one angle the maps are its answer already"
-    for name, wanted in (("devices", 1), ("dual_bits", 32)):
+    for name, wanted in (("devices", 1), ("dual_bits", 32), ("error_probes", 16)):
         if getattr(solver, name) != wanted:
             yield ("solver", name), f"is for fused3d alone; leave it out, or write {name}: {wanted}"
     if sweep.output.shares.mask is not None and not isinstance(data, Measured):
@@ -196,6 +196,8 @@ def _solid(sweep: Sweep) -> Iterator[Problem]:
         yield ("data", "phantom"), f"{sweep.data.phantom} is a map; write system: fused2d"
     if isinstance(sweep.solver, Fused3D) and sweep.solver.missing:
         yield ("solver", "missing"), "is for fused2d alone"
+    if isinstance(sweep.solver, Fused3D) and sweep.solver.errors == "paper":
+        yield ("solver", "errors"), "paper is F2's, for fused2d alone; write errors: sandwich"
     if sweep.output.shares != Shares():
         yield ("output", "shares"), "is for fused2d alone"
 

@@ -133,7 +133,10 @@ class Fused3D(Model):
     missing: list[Annotated[int, Field(ge=1, le=118)]] = setting(
         [], "-", "fused2d: atomic numbers of elements that the specimen has and the maps have not")
     errors: Literal["sandwich", "paper", "none"] = setting(
-        "sandwich", "-", "fused2d: standard error of each pixel; paper: by F2's Eq. 5 as printed")
+        "none", "-", "standard errors by voxel, fused2d's default; in fused3d as long as tens of solves, so set it "
+        "for the winner; paper: fused2d's, by F2's Eq. 5 as printed")
+    error_probes: int = setting(
+        16, "-", "fused3d: random probes of the standard errors; each is then right within sqrt(1 / (2 probes))", ge=2)
     record: Annotated[list[int], AfterValidator(checkpoints)] = setting(
         [], "-", "iterations at which the volume is scored as well, an axis of the atlas")
 

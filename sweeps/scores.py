@@ -17,7 +17,7 @@ from sweeps.settings import Sweep
 SYSTEMS: dict[str, Any] = {"fused3d": fused3d, "fused2d": fused2d, "hebt": hebt}
 Score = dict[str, Any]  # {"objective": float | None, "metrics": {...}, "elements": {name: {element: float}}}
 # What a solution tells of itself that an atlas keeps, and, as `name`_Co, of each element.
-TOLD = ("average_standard_error", "average_relative_error", "r_squared", "r_squared_smooth")
+TOLD = ("average_standard_error", "average_relative_error", "error_residual", "r_squared", "r_squared_smooth")
 TOLD_OF_EACH = ("response",)
 
 

@@ -218,7 +218,7 @@ def _held_out(sweeps: Sequence[Sweep], data: MultiModal) -> list[tuple[Score, di
     A trial with a fold that fails has that as its status.
     """
     record, chosen = sweeps[0].solver.record, [solver_settings(sweep) for sweep in sweeps]
-    if sweeps[0].system == "fused2d":
+    if sweeps[0].system in ("fused2d", "fused3d"):
         chosen = [replace(each, errors="none") for each in chosen]
     last: list[list[float]] = [[] for _ in sweeps]
     found: list[dict[int, list[float]]] = [{n: [] for n in record} for _ in sweeps]

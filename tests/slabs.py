@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import fused3d, model, pyramid, sharding
+from engine import fused3d, model, pyramid, sharding, uncertainty3d
 from engine.data import MultiModal
 from engine.penalties import Dual, prox_tv, total_variation
 from tests.specimens import distance, simulated
@@ -81,6 +81,19 @@ def solves(planes: int, method: str, size: int = 18) -> dict[str, float]:
             f"{method} cost": distance(shared.history["total"], alone.history["total"])}
 
 
+def errors(planes: int) -> dict[str, float]:
+    """Standard errors of one volume: the same probes, however many slabs there are, solved with more care."""
+    uncertainty3d.ACCURACY = 1e-4
+    data = sliced(18, planes)
+    volume = fused3d.reconstruct(data, fused3d.Settings(iterations=12)).volume
+    found = []
+    for devices in (1, DEVICES):
+        problem = model.build(data, gamma=1.6, lambda_model=1.0, lambda_chem=1.0, lambda_tv=0.5, weights="z_gamma",
+                              inner=4, devices=devices)
+        found.append(uncertainty3d.errors(problem, volume, 0.6, True, None, 3, devices)[0])
+    return {name: distance(*(np.nan_to_num(each[name]) for each in found)) for name in found[0]}
+
+
 def main() -> None:
     """Every comparison, with plane counts that four divides and that it does not."""
     found = {f"{planes} planes, {steps} steps: {name}": value for planes in (16, 18, 33) for steps in (1, 3, 11)
@@ -90,6 +103,8 @@ def main() -> None:
             found |= {f"{planes} planes: {name}": value for name, value in solves(planes, method).items()}
     for planes in (16, 13):
         found |= {f"{planes} planes, halved: {name}": value for name, value in halved(planes).items()}
+    for planes in (16, 13):
+        found |= {f"{planes} planes, probed: {name}": value for name, value in errors(planes).items()}
     # Large enough for a coarse solve, in planes of which one slab has none.
     found |= {f"{planes} planes: coarse to fine, {name}": value for planes in (16, 17)
               for name, value in solves(planes, "fused", 48).items()}

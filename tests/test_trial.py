@@ -322,7 +322,7 @@ def test_settings_that_are_wrong_do_not_fail_their_batch(tmp_path):
 
 def test_settings_of_the_solver_are_those_of_the_yaml():
     yaml, engine = Fused3D().model_dump(), {field.name: field.default for field in fields(fused3d.Settings)}
-    assert set(yaml) - set(engine) == {"record", "missing", "errors"}
+    assert set(yaml) - set(engine) == {"record", "missing"}
     assert {name: yaml[name] for name in engine} == engine
     assert trial.solver_settings(settings()) == fused3d.Settings(iterations=10, lambda_tv=0.3)
     assert trial.solver_settings(flat(solver__missing="[83]")) == fused2d.Settings(
@@ -367,3 +367,12 @@ def test_a_batch_of_maps_is_what_its_members_are_alone(tmp_path):
     assert [row["batch"] for row in rows] == [2, 2]
     for row, sweep in zip(rows, sweeps, strict=True):
         assert run(message(tmp_path, sweep))["objective"] == pytest.approx(row["objective"], rel=1e-6)
+
+
+def test_standard_errors_are_stored_beside_the_volume_and_told(tmp_path):
+    row = evaluate(tmp_path, solver__errors="sandwich", solver__error_probes=2)
+    group = zarr.open_group(tmp_path / row["volume"], mode="r")
+    error = group["field_standard_error"]
+    assert error.shape == group["volume"].shape and error.metadata.dimension_names == ("element", "z", "y", "x")
+    assert np.nanmin(error[:]) > 0 and row["metrics"]["average_standard_error"] > 0
+    assert {"average_relative_error", "error_residual"} <= row["metrics"].keys()
