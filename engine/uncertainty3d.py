@@ -21,6 +21,7 @@ alike is not in them. Voxels on the bound x = 0 are held there, and have no erro
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine import model, sharding
+from engine.data import DataWarning
 from engine.model import FLOOR, Problem
 from engine.penalties import Dual, gradient, gradient_adjoint
 from engine.projector import project
@@ -39,6 +41,7 @@ from engine.uncertainty import OBJECT
 # Of the brightest concentrations, the share below which a gradient of the solution counts as none. From 0.01 to 0.1
 # the median error moved by 2 % (32^3, F3's noise, 47 images and 9 maps).
 ROUND = 0.02
+LARGE = 0.5  # average error over average concentration above which they are not to be believed
 ACCURACY = 0.01  # residual at which conjugate gradients end; 0.02 gave errors 2 % smaller
 STEPS = 400  # of theirs at most; at weights that a search finds they take 100 to 150
 
@@ -72,7 +75,7 @@ def errors(problem: Problem, volume: np.ndarray, gain: float, counts: bool, imag
 
     volume: (element, z, y, x). problem: over so many slabs, without images for a method that has not seen them.
     image_variance: per unit of the images where they are counts; None: the same everywhere. error_residual is the
-    worst that conjugate gradients left over.
+    worst that conjugate gradients left over. Warns (DataWarning) where errors are as large as the concentrations.
     """
     total = volume.sum(0, dtype=np.float64)
     bright = np.percentile(volume, 99, axis=(1, 2, 3)).max()
@@ -85,6 +88,10 @@ def errors(problem: Problem, volume: np.ndarray, gain: float, counts: bool, imag
     error = np.where(held, np.nan, np.sqrt(own)).astype(np.float32)
     inside = total > OBJECT * np.percentile(total, 99)
     share = np.where(held | ~inside, np.nan, 100 * np.sqrt(relative)).astype(np.float32)
+    if np.nanmean(error[:, inside]) > LARGE * volume[:, inside][~held[:, inside]].mean():
+        warnings.warn(f"the standard errors average {np.nanmean(error[:, inside]):.2g} where concentrations average "
+                      f"{volume[:, inside][~held[:, inside]].mean():.2g}: data and TV do not determine the volume, and "
+                      "errors to first order are no measure of it; raise lambda_tv", DataWarning, stacklevel=2)
     residual, steps = sharding.one(sums[2:], slabs)
     averages = {"average_standard_error": float(np.nanmean(error[:, inside])),
                 "average_relative_error": float(np.nanmean(share)), "error_residual": float(residual),

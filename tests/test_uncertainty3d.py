@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine import fused3d, model, uncertainty3d
+from engine.data import DataWarning
 from engine.fused3d import Settings, reconstruct
 from engine.model import FLOOR
 from tests.specimens import as_net_counts, simulated, with_images
@@ -55,6 +56,7 @@ def dense_errors(problem, volume, gain, counts, variance):
     return found.reshape(shape)
 
 
+@pytest.mark.filterwarnings("ignore:the standard errors average")
 @pytest.mark.parametrize("kind", ["counts", "net counts", "counted images", "no images"])
 def test_probes_agree_with_dense_algebra(kind):
     data = simulated(8, 9, 5, snr=12.0)
@@ -94,8 +96,9 @@ def test_predicted_errors_are_the_spread_over_noise_draws(lambdas):
     assert 0.7 < np.nanmedian(ratio) < 1.4
 
 
+@pytest.mark.filterwarnings("ignore:the standard errors average")
 def test_more_counts_make_errors_smaller_and_averages_tell(tiny):
-    few, many = (reconstruct(simulated(16, 9, 5, snr=snr), Settings(errors="sandwich", error_probes=4))
+    few, many = (reconstruct(simulated(16, 9, 5, snr=snr), Settings(errors="sandwich", error_probes=4, lambda_tv=1.0))
                  for snr in (2.5, 16.0))
     for name in ("average_standard_error", "average_relative_error"):
         assert 0 < many.metrics[name] < few.metrics[name]
@@ -103,6 +106,12 @@ def test_more_counts_make_errors_smaller_and_averages_tell(tiny):
     assert few.fields["relative_error"].shape == few.volume.shape
 
 
+def test_errors_as_large_as_the_concentrations_are_not_to_be_believed(tiny):
+    with pytest.warns(DataWarning, match="do not determine the volume.*raise lambda_tv"):
+        reconstruct(tiny, Settings(lambda_tv=1e-6, errors="sandwich", error_probes=2))
+
+
+@pytest.mark.filterwarnings("ignore:the standard errors average")
 def test_errors_change_no_volume_and_methods_that_stop_short_have_none(tiny):
     plain, told = (reconstruct(tiny, Settings(errors=kind, error_probes=2)) for kind in ("none", "sandwich"))
     np.testing.assert_array_equal(plain.volume, told.volume)
