@@ -22,7 +22,7 @@ import numpy as np
 
 from launch.advisers import FED, SideAdvisers
 from launch.simulated import MESSAGE, Clock, Landscape, Ledger, Machine, SimulatedAdvisers, SimulatedWorkers
-from sweeps import coordinator, grid, settings
+from sweeps import coordinator, grid, settings, winners
 from sweeps.atlas import RunFolder
 from sweeps.coordinator import Observer
 from sweeps.grid import Cell
@@ -135,7 +135,7 @@ def simulate(sweep: Sweep, cells: Sequence[Cell], all_cells: Sequence[Cell], mac
     handed = spans[:, 0].max() - jobs[-1][0] + sum(end - begin for begin, end in jobs[:-1])
     worked = float((spans[:, 1] - spans[:, 0]).sum())
     early = float((np.minimum(spans[:, 1], spans[:, 0].max()) - spans[:, 0]).sum())
-    best = {name: search.history.winner(bool(search.cell.space)) for name, search in summary.searches.items()}
+    best = {name: winners.winner(search.cell, search.history) for name, search in summary.searches.items()}
     return Outcome(
         machine.workers, len(cells), summary.done, len(jobs), elapsed, early / handed / machine.workers,
         worked / elapsed / machine.workers, ledger.lost, known["repeated"], clock.worked / max(1, summary.done),

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from sweeps import grid, settings
+from sweeps import grid, settings, winners
 from sweeps.grid import Cell
 from sweeps.journal import History, Row
 from sweeps.settings import Sweep
+from sweeps.winners import Entry
 from sweeps.yamlio import flow
 
 STRING = np.dtypes.StringDType()
@@ -151,10 +152,11 @@ def atlas(sweep: Sweep, cells: Sequence[Cell], history: History) -> Variables:
     deep = Table((*dims, "iterations"), (*shape, len(stops)), names) if stops else plain
     for cell in cells:
         rows = list(history.cell(cell.id).rows.values())
-        own = [row for row in rows if row.ok and row.own(bool(cell.space)) and row.fidelity == 1]
+        own = [row for row in rows if winners.eligible(cell, row)]
         for i, stop in enumerate(stops or [None]):
             index = cell.index if stop is None else (*cell.index, i)
-            best = min(_entries(own, stop), key=_rank, default=NOTHING)
+            found = _entries(own, stop)
+            best = found[winners.choose(cell, found)] if found else NOTHING
             _scores(deep, index, best)
             _params(deep, index, best, cell, "best_")
         _baselines(plain, cell, rows)
@@ -254,8 +256,6 @@ def _elements(cells: Sequence[Cell], history: History) -> list[str]:
                               for values in result["elements"].values() for name in values))
 
 
-# What a trial or a checkpoint of it reached: its result's objective, metrics and elements, and its params.
-Entry = Mapping[str, Any]
 NOTHING: Entry = {"objective": None, "metrics": {}, "elements": {}, "params": {}}
 
 
@@ -269,10 +269,6 @@ def _entries(rows: Sequence[Row], stop: int | None) -> list[Entry]:
         return [_entry(row) for row in rows]
     passed = [_entry(row, passed) for row in rows for passed in (row.result or {})["checkpoints"]]
     return [entry for entry in [*passed, *map(_entry, rows)] if entry["iterations"] == stop]
-
-
-def _rank(entry: Entry) -> float:
-    return math.inf if entry["objective"] is None else entry["objective"]
 
 
 def _scores(table: Table, index: tuple[int, ...], entry: Entry) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import zarr
 from zarr.errors import ZarrUserWarning
 
-from sweeps import arrays, flat, grid, settings
+from sweeps import arrays, flat, grid, settings, winners
 from sweeps.arrays import Variables
 from sweeps.grid import Cell
 from sweeps.journal import SAFE, Clock, History, Journal, Row, RunError, plain
@@ -224,7 +224,7 @@ class Atlas:
     def _publish(self, path: Path, cell: Cell) -> bool:
         """Freeze a cell's winner to YAML, publish its volume, delete the losers'; whether a volume is new."""
         rows = self.history.cell(cell.id)
-        winner = rows.winner(bool(cell.space))
+        winner = winners.winner(cell, rows)
         frozen, volume = self.folder.best / f"{cell.id}.yaml", None
         won = None if winner is None else (winner.ask["trial"], winner.ask["attempt"])
         if winner is None or winner.result is None:
@@ -302,7 +302,7 @@ def summarise(sweep: Sweep, cells: Sequence[Cell], history: History) -> dict[str
 def _cell_summary(cell: Cell, history: History) -> dict[str, Any]:
     rows = history.cell(cell.id).rows
     results = [row.result for row in rows.values() if row.result is not None]
-    winner = history.cell(cell.id).winner(bool(cell.space))
+    winner = winners.winner(cell, history.cell(cell.id))
     found = winner.result if winner and winner.result else {"objective": None, "metrics": {}, "elements": {}}
     return {
         "coordinates": cell.coordinates,

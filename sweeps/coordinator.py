@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sweeps import winners
 from sweeps.advice import Advisers, Inline, news
 from sweeps.atlas import Atlas, RunFolder, commit, resolved, version
 from sweeps.crew import Event, Workers
@@ -297,7 +298,7 @@ class _Run:
         place = {"event": "result", **{key: ask[key] for key in ("cell", "trial", "attempt")}}
         result = self.note({**place, **EMPTY, **answer, **place})
         search = self.searches[ask["cell"]]
-        best = search.history.winner(bool(search.cell.space))
+        best = winners.winner(search.cell, search.history)
         self.changed.add(ask["cell"])
         self.done += 1
         self.ledger.add(search.cell, result)

@@ -68,12 +68,31 @@ def conflicts(sweep: Sweep) -> Iterator[Problem]:
     if solver.record and solver.record[-1] > solver.iterations:
         yield ("solver", "record", len(solver.record) - 1), (
             f"iteration {solver.record[-1]} is never reached; solver.iterations is {solver.iterations}")
+    yield from _heldout(sweep)
     maps = None
     if sweep.system != "fused2d" and not isinstance(data, Scanned | Recorded):
         maps = data.chem_tilts or (_projections(data.chem) if isinstance(data, Measured) else None)
-    if search.objective == "heldout" and maps is not None and search.folds > maps:
+    if search.objective == "heldout" and search.heldout == "tilts" and maps is not None and search.folds > maps:
         yield ("search", "folds"), (f"{search.folds} folds need as many chemical maps, and there are {maps}"
-                                    + (f"; write folds: {maps}" if maps > 1 else ""))
+                                    + (f"; write folds: {maps}, or heldout: counts" if maps > 1 else ""))
+
+
+def _heldout(sweep: Sweep) -> Iterator[Problem]:
+    """What can be left out, and which trials can be compared by their folds."""
+    data, search, solver = sweep.data, sweep.search, sweep.solver
+    flat = sweep.system == "fused2d"
+    if isinstance(data, Scanned | Recorded):
+        if search.heldout != "tilts":
+            yield ("search", "heldout"), "counts is for maps of elements; of patterns whole ones are left out"
+    elif search.objective == "heldout" and (flat or search.heldout == "counts"):
+        if isinstance(data, Measured) and data.chem.units != "counts":
+            yield ("search", "objective" if flat else "heldout"), (
+                f"heldout parts the counts of a map, and {data.chem.units} cannot be parted; "
+                "give data.chem.units: counts where they are")
+    if search.rule == "one_standard_error":
+        if search.objective != "heldout" or not isinstance(solver, Fused3D):
+            yield ("search", "rule"), ("one_standard_error compares the folds of a fused search by heldout; write "
+                                       "objective: heldout, or rule: best")
 
 
 def _flat(sweep: Sweep) -> Iterator[Problem]:
@@ -106,9 +125,6 @@ def _flat(sweep: Sweep) -> Iterator[Problem]:
         yield ("output", "particles"), "is for fused3d and hebt: maps have no volumes"
     if sweep.output.resolution:
         yield ("output", "resolution"), "is for fused3d and hebt, whose tilts make two halves"
-    if sweep.search.objective == "heldout" and isinstance(data, Measured) and data.chem.units != "counts":
-        yield ("search", "objective"), (f"heldout parts the counts of a map, and {data.chem.units} cannot be parted; "
-                                        "give data.chem.units: counts where they are")
 
 
 def _scanned(sweep: Sweep) -> Iterator[Problem]:

@@ -180,8 +180,14 @@ class Search(Model):
         "nrmse", "-", "what is minimised: nrmse against a truth, or the deviance of held-out maps; of mset rmsd or "
         "tracing_error of atoms, amplitude_error of patterns, or heldout, that of patterns left out; of mspt all but "
         "amplitude_error, and missing_sites of a crystal")
-    folds: int = setting(4, "-", "heldout: parts the maps are split into, each left out once; of patterns one is",
+    folds: int = setting(4, "-", "parts that heldout splits the maps into, each left out once; of patterns one is",
                          ge=2)
+    heldout: Literal["tilts", "counts"] = setting(
+        "tilts", "-", "what that objective leaves out, every folds-th tilt, or of all tilts a share of the counts, "
+        "drawn at random, for series of few maps; of single maps (fused2d) always counts")
+    rule: Literal["best", "one_standard_error"] = setting(
+        "best", "-", "which trial wins: the one of least objective, or, of those whose held-out deviance is within one "
+        "standard error of it, paired over the folds, the one with the largest lambda_tv over lambda_chem")
     order: Literal["free", "strict"] = setting(
         "free", "-", "free: from all that is known; strict: timing cannot change the atlas")
     trial_timeout: Annotated[float, Field(gt=0)] | None = setting(

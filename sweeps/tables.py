@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from sweeps import flat, grid, journal
+from sweeps import flat, grid, journal, winners
 from sweeps.atlas import RunFolder
 from sweeps.grid import Cell
 from sweeps.journal import History, RunError
@@ -113,7 +113,7 @@ class Run:
 
     def winner(self, cell: Cell) -> dict[str, Any] | None:
         """The best searched trial of a cell, or the best of its fixed ones where nothing is searched."""
-        row = self.history.cell(cell.id).winner(searched=bool(cell.space))
+        row = winners.winner(cell, self.history.cell(cell.id))
         return {**row.ask, **row.result} if row and row.result and row.objective is not None else None
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine import fused2d, fused3d, heldout, metrics, programs
+from engine import fused3d, heldout, metrics, programs
 from engine.data import DataError, DataWarning, MultiModal, Solution
 from engine.halves import correlations
 from engine.iterate import Keep
@@ -25,11 +24,10 @@ from sweeps.patterns import OF_PATTERNS
 from sweeps.rules import elements
 from sweeps.scores import SYSTEMS, Judge, Score, sensitivities
 from sweeps.settings import SettingsError, Sweep, dump, load
-from sweeps.specimens import candidates, inputs, prepared
+from sweeps.specimens import candidates, inputs, prepared, recent
 
 Message = dict[str, Any]
 VOLUME_AXES = ("element", "z", "y", "x")
-FAINT = 0.01
 EMPTY: dict[str, Any] = {"status": "ok", "objective": None, "metrics": {}, "elements": {}, "checkpoints": [],
                          "iterations": 0, "seconds": 0.0, "batch": 1, "worker": "", "volume": None, "notes": []}
 
@@ -188,28 +186,51 @@ def _merged(truth: Score, held: Score) -> Score:
 
 @dataclass(frozen=True)
 class _Fold:
-    """A part of the maps that a solve does not see. `solve` takes what `reconstruct_batch` takes after the data."""
+    """A part of the maps that a solve does not see: other tilts of the same data, or other counts of all tilts.
+
+    share: of the counts that the fit would have without it. exposure: sensitivity of the test over the training's.
+    """
 
     without: str
-    solve: Callable[..., list[Solution]]
-    score: Callable[[np.ndarray, Solution], float]
+    training: MultiModal
+    test: MultiModal
+    left_out: tuple[int, ...]
+    share: float = 1.0
+    exposure: float = 1.0
+
+    def solve(self, system: Any, chosen: Sequence[Any], **options: Any) -> list[Solution]:
+        """`reconstruct_batch` of the training part, TV's weight as fits its counts."""
+        if self.training is self.test:
+            options["held_out"] = self.left_out
+        elif hasattr(chosen[0], "lambda_tv"):
+            chosen = [replace(each, lambda_tv=heldout.weight(each.lambda_tv, self.share)) for each in chosen]
+        found: list[Solution] = system.reconstruct_batch(self.training, chosen, **options)
+        return found
+
+    def score(self, volume: np.ndarray, solution: Solution) -> float:
+        """The deviance of the part left out, at the scale that the training part gives the volume's elements."""
+        chem, sensitivity = self.training.chem, sensitivities(solution, self.training)
+        factors = solution.fields.get("tilt_factors", 1)
+        fitted = range(chem.tilts)
+        if self.training is self.test:
+            fitted = [tilt for tilt in fitted if tilt not in self.left_out]  # type: ignore[assignment]
+        signal, level = (a[:, list(fitted)] for a in _expected(self.training, volume, sensitivity, factors))
+        scale = heldout.scales(signal, level, chem.projections[:, list(fitted)], chem.units == "counts")
+        return deviance(self.test, volume, self.exposure * scale * sensitivity, self.left_out, factors)
 
 
 def _folds(sweep: Sweep, data: MultiModal) -> Iterator[_Fold]:
-    """Of a tilt series every k-th tilt in turn, k = search.folds; of single maps the k-th part of their counts."""
+    """Every k-th tilt in turn, k = search.folds, or in turn the k-th part of the counts."""
     count = sweep.search.folds
-    if sweep.system == "fused2d":
-        for k, (training, test) in enumerate(heldout.thinned(data, count, sweep.seed)):
-            yield _Fold(f"part {k} of the counts", partial(fused2d.reconstruct_batch, training),
-                        lambda volume, solution, test=test: deviance(  # type: ignore[misc]
-                            test, volume, sensitivities(solution, data) / (count - 1), (0,)))
+    if sweep.system == "fused2d" or sweep.search.heldout == "counts":
+        parts = recent("thinned", inputs(sweep) | {"folds": count}, lambda: heldout.thinned(data, count, sweep.seed))
+        for k, (training, test) in enumerate(parts):
+            yield _Fold(f"part {k} of the counts", training, test, tuple(range(data.chem.tilts)), 1 - 1 / count,
+                        1 / (count - 1))
     else:
         for fold in range(count):
             out = tuple(range(fold, data.chem.tilts, count))
-            solve = partial(SYSTEMS[sweep.system].reconstruct_batch, data, held_out=out)
-            yield _Fold(f"maps {', '.join(map(str, out))}", solve,
-                        lambda volume, solution, out=out: deviance(  # type: ignore[misc]
-                            data, volume, sensitivities(solution, data), out, solution.fields.get("tilt_factors", 1)))
+            yield _Fold(f"maps {', '.join(map(str, out))}", data, data, out)
 
 
 def _held_out(sweeps: Sequence[Sweep], data: MultiModal) -> list[tuple[Score, dict[int, Score]]]:
@@ -229,7 +250,8 @@ def _held_out(sweeps: Sequence[Sweep], data: MultiModal) -> list[tuple[Score, di
         def keep(k: int, n: int, volume: np.ndarray, into: list[dict[int, np.ndarray]] = volumes) -> None:
             into[k][n] = volume
 
-        for k, solution in enumerate(fold.solve(chosen, checkpoints=record, observe=keep)):
+        system = SYSTEMS[sweeps[0].system]
+        for k, solution in enumerate(fold.solve(system, chosen, checkpoints=record, observe=keep)):
             if not solution.ok:
                 wrong.setdefault(k, f"without {fold.without}: {solution.status}")
             for n, volume in volumes[k].items():
@@ -258,15 +280,21 @@ def deviance(data: MultiModal, volume: np.ndarray, sensitivity: np.ndarray, tilt
     Counts are expected everywhere, FAINT of a map's mean at least: else a pixel where none are would decide alone.
     """
     index = list(tilts)
-    expected, background = fused3d.predict(data, volume, sensitivity), data.chem.background
-    scaled = np.broadcast_to(factors, expected.shape[:2])[..., None, None]
-    expected = ((expected - background) / scaled + background)[:, index]
-    maps = data.chem.projections[:, index]
+    signal, background = _expected(data, volume, sensitivity, factors)
+    expected, maps = (signal + background)[:, index], data.chem.projections[:, index]
     if data.chem.units == "counts":
-        expected = np.maximum(expected, FAINT * expected.mean((1, 2, 3), keepdims=True))
+        expected = np.maximum(expected, heldout.FAINT * expected.mean((1, 2, 3), keepdims=True))
         return metrics.poisson_deviance(maps, expected) / maps.size
     noise = data.chem.noise_level()[:, None, None, None]
     return float(np.mean(((maps - expected) / noise) ** 2))
+
+
+def _expected(data: MultiModal, volume: np.ndarray, sensitivity: np.ndarray,
+              factors: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    """What the maps are expected to be, (element, tilt, y, x): the signal, and the background."""
+    expected = fused3d.predict(data, volume, sensitivity)
+    background = np.broadcast_to(data.chem.background, expected.shape)
+    return (expected - background) / np.broadcast_to(factors, expected.shape[:2])[..., None, None], background
 
 
 def solver_settings(sweep: Sweep) -> Any:

@@ -42,7 +42,7 @@ def compared(data: MultiModal, settings: Settings, folds: int = 4, seed: int = 0
             scores = []
             for training, test in parts:
                 expected = share * predict(training, strength)
-                expected = np.maximum(expected, trial.FAINT * expected.mean((1, 2, 3), keepdims=True))
+                expected = np.maximum(expected, heldout.FAINT * expected.mean((1, 2, 3), keepdims=True))
                 scores.append(metrics.poisson_deviance(test.chem.projections, expected) / expected.size)
             words = ", ".join(f"{x:.3g}" for x in np.atleast_1d(strength))  # type: ignore[arg-type]
             found.append(Best(words, np.array(scores)))

@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine import fused2d, heldout
+from engine import fused2d, heldout, metrics
 from engine.data import DataError
 from engine.fused2d import Settings
 from launch import resources
 from sweeps import settings, stages, trial
 from tests import predictions
-from tests.specimens import as_net_counts
+from tests.specimens import as_net_counts, simulated
 from tests.test_fused2d import measured
 from tests.test_spectra import BCF
 
@@ -46,6 +46,44 @@ def test_training_and_test_counts_are_independent():
 
     assert max(map(abs, correlation(np.random.default_rng(0).poisson(5.0, shape)))) < 4 / 200
     assert max(correlation(np.full(shape, 5))) < -0.99
+
+
+def test_counts_of_a_tilt_series_are_parted_as_those_of_a_map():
+    data = simulated(16, 9, 5)
+    folds = heldout.thinned(data, 3, seed=3)
+    assert sum(test.chem.projections for _, test in folds) == pytest.approx(data.chem.projections)
+    assert all(training.chem.tilts == 5 and training.haadf is data.haadf for training, _ in folds)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_scales_are_those_of_maximum_likelihood(counts):
+    """At the fitted factors the slope of the likelihood is 0, and they are the ones that made the data."""
+    rng, true = np.random.default_rng(0), np.array([0.4, 1.0, 3.0])
+    signal, level = 5 * rng.random((3, 2, 40, 40)), np.array([0.5, 0.1, 0.0])[:, None, None, None]
+    expected = true[:, None, None, None] * signal + level
+    maps = rng.poisson(expected) if counts else rng.normal(expected, 1.0)
+    found = heldout.scales(signal, level, maps, counts)
+    np.testing.assert_allclose(found, true, rtol=0.05)
+    model = found[:, None, None, None] * signal + level
+    slope = signal * ((1 - maps / np.maximum(model, 1e-9)) if counts else (model - maps))
+    assert np.abs(slope.sum((1, 2, 3)) / np.abs(slope).sum((1, 2, 3))).max() < 1e-3
+
+
+def test_the_weight_of_tv_goes_with_the_root_of_the_counts():
+    assert heldout.weight(2.0, 0.25) == 1.0 and heldout.weight(2.0, 1.0) == 2.0
+
+
+def test_the_best_tv_for_a_share_of_the_counts_is_the_one_that_the_root_foretells():
+    """Against a truth, one map without an image: a ninth of the counts wants a third of the weight."""
+    weights = np.geomspace(2, 30, 9)
+
+    def best(snr):
+        errors = [np.mean([metrics.nrmse_elements(fused2d.reconstruct(data, Settings(
+            method="chem_tv", lambda_tv=float(tv), errors="none", tolerance=1e-5)).volume, data.truth).mean()
+            for data in (measured(size=32, snr=snr, seed=seed) for seed in range(2))]) for tv in weights]
+        return weights[int(np.argmin(errors))]
+
+    assert 2 <= best(1 + 27.0) / best(1 + 3.0) <= 5
 
 
 def test_only_whole_counts_can_be_parted():

@@ -1,14 +1,15 @@
 """One trial: settings in, a row out; the data depend on what they should depend on, and on nothing else."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
 import pytest
 import zarr
 
-from engine import estimate, fused2d, fused3d, iterate, metrics
+from engine import estimate, fused2d, fused3d, heldout, iterate, metrics
+from engine.data import Solution
 from sweeps import needs, specimens, stages, trial
 from sweeps.schema import Fused3D
 from sweeps.settings import dump, load
@@ -167,6 +168,32 @@ def test_heldout_reports_its_folds(tmp_path, method):
     # The truth is known too, and told, but not minimised. Unseen maps at one count per pixel: above 1, yet not far.
     assert row["metrics"]["nrmse"] != row["objective"] and 0.9 < row["objective"] < 3
     assert [stop["iterations"] for stop in row["checkpoints"]] == [5, 10]
+
+
+def test_heldout_counts_are_a_share_of_all_tilts(tmp_path):
+    """More folds than tilts can be had; the parts are the counts, drawn once."""
+    row = evaluate(tmp_path, search__objective="heldout", search__heldout="counts", search__folds=7)
+    folds = [row["metrics"][f"heldout_fold_{k}"] for k in range(7)]
+    assert row["status"] == "ok" and row["objective"] == pytest.approx(np.mean(folds))
+    assert row["objective"] == evaluate(tmp_path, search__objective="heldout", search__heldout="counts",
+                                        search__folds=7)["objective"]
+    # A seventh of few counts: single ones, of which the deviance of a right expectation is below 1.
+    assert 0.3 < row["objective"] < 1
+
+
+def test_a_score_does_not_know_the_scale_that_weights_have_given_a_volume(tiny):
+    """Neither the folds over tilts nor those over counts; a volume of another form is worse."""
+    out = (0, 4)
+    training, test = heldout.thinned(tiny, 4, 0)[0]
+    told = Solution(tiny.truth, {}, "", metrics={f"sensitivity_{e}": 0.75 * s for e, s in zip(
+        tiny.chem.elements, tiny.sensitivity)})
+    whole = replace(told, metrics={name: value / 0.75 for name, value in told.metrics.items()})
+    for fold, solution in ((trial._Fold("", tiny, tiny, out), whole),
+                           (trial._Fold("", training, test, tuple(range(5)), 0.75, 1 / 3), told)):
+        scales = np.array([0.5, 2.0, 0.7, 1.2], np.float32)[:, None, None, None]
+        right = fold.score(tiny.truth, solution)
+        assert fold.score(scales * tiny.truth, solution) == pytest.approx(right, rel=1e-4)
+        assert fold.score(np.roll(tiny.truth, 3, 2), solution) > 1.02 * right
 
 
 def test_heldout_prefers_the_truth_to_noise(tmp_path, tiny):
