@@ -14,7 +14,7 @@ from types import FrameType
 from launch import dask_workers, devices, mpi, plan, workers
 from launch.advisers import SideAdvisers, useful
 from launch.plan import Plan
-from sweeps import grid
+from sweeps import grid, lookup
 from sweeps.atlas import RunFolder
 from sweeps.coordinator import GRACE, Summary
 from sweeps.crew import Workers
@@ -72,6 +72,8 @@ def _coordinate(sweep: Sweep, folder: RunFolder, crew: Workers, count: int, agai
         raise RunError("\n".join(refused))
     for warning in plan.warnings(planned):
         print(warning, file=sys.stderr)
+    if not folder.journal.exists():
+        lookup.check(cells)
     until, together = job_end(os.environ), batches(planned, room)
     with (signals(until) as stop, progress.observer(sys.stdout) as watch,
           SideAdvisers(useful(count, len(cells)), sweep, cells, together) as advisers):

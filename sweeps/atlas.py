@@ -197,7 +197,7 @@ class Atlas:
             grown |= self._write(root.require_group(prefix) if prefix else root, prefix, variables)
         if grown:
             root.attrs.update({"name": self.sweep.name, "system": self.sweep.system, "version": version(),
-                               "commit": commit()})
+                               "commit": commit(), "settings": json.dumps(settings.dump(self.sweep))})
             consolidate(path)
         self.summary = summarise(self.sweep, self.cells, self.history)
         write_aside(self.folder.summary, json.dumps(plain(self.summary), indent=1))

@@ -3,7 +3,7 @@
 It is the truth; the atlas, the summary and the optimisers' states follow from it.
 
     {"event": "start", "tomoatlas", "commit", "host", "pid", "workers"}
-    {"event": "ask", "cell", "trial", "attempt", "kind", "fidelity", "params", "seen"}
+    {"event": "ask", "cell", "trial", "attempt", "kind", "fidelity", "params", "seen", "source"?}
     {"event": "result", "cell", "trial", "attempt", "status", "objective", ...}
     {"event": "lost", "cell", "trial", "attempt", "worker", "reason"}    # worker "": the whole run ended
     {"event": "again", "cell"}                                           # its rows so far are superseded
@@ -11,7 +11,8 @@ It is the truth; the atlas, the summary and the optimisers' states follow from i
     {"event": "stop" | "end", "reason"}
 
 Every line also carries "time" [s since 1970]. A searched trial was proposed from the first `seen` lines of the journal
-and from the trials of its cell with lower numbers, which count as running where those lines have no result of them.
+and from the trials of its cell with lower numbers, which count as running where those lines have no result of them;
+one that an atlas proposed says so in its `source`.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ def conflicts(sweep: Sweep) -> Iterator[Problem]:
         yield from _fractions(sweep.output.fractions, elements(sweep))
     if sweep.output.particles is not None:
         yield from _particles(sweep.output.particles, elements(sweep))
-    if tunables(sweep) and search.strategy == "per_cell" and search.trials < search.initial:
+    if (tunables(sweep) and search.strategy == "per_cell" and search.trials < search.initial
+            and search.atlas is None):
         yield ("search", "trials"), (f"{search.trials} trials end before the {search.initial} initial ones; "
                                      f"write initial: {max(1, search.trials // 2)}")
     if tunables(sweep) and search.strategy == "shared" and not isinstance(solver, Fused3D):
@@ -89,6 +90,8 @@ def _heldout(sweep: Sweep) -> Iterator[Problem]:
             yield ("search", "objective" if flat else "heldout"), (
                 f"heldout parts the counts of a map, and {data.chem.units} cannot be parted; "
                 "give data.chem.units: counts where they are")
+    if search.atlas is not None and (not isinstance(solver, Fused3D) or isinstance(data, Particle)):
+        yield ("search", "atlas"), "is for the weights of fused3d and fused2d; leave it out"
     if search.rule == "one_standard_error":
         if search.objective != "heldout" or not isinstance(solver, Fused3D):
             yield ("search", "rule"), ("one_standard_error compares the folds of a fused search by heldout; write "

@@ -188,6 +188,10 @@ class Search(Model):
     rule: Literal["best", "one_standard_error"] = setting(
         "best", "-", "which trial wins: the one of least objective, or, of those whose held-out deviance is within one "
         "standard error of it, paired over the folds, the one with the largest lambda_tv over lambda_chem")
+    atlas: str | None = setting(
+        None, "-", "run folder of a simulated sweep, or the atlas in it, relative to this YAML: the search starts from "
+        "what that found for the nearest sampling and SNR; with trials: 1 that is the answer",
+        examples=["runs/cocuo-sampling"])
     order: Literal["free", "strict"] = setting(
         "free", "-", "free: from all that is known; strict: timing cannot change the atlas")
     trial_timeout: Annotated[float, Field(gt=0)] | None = setting(

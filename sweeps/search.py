@@ -15,10 +15,12 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from sweeps.grid import CHEAP, PERIOD, Cell, fidelity, trials
 from sweeps.journal import CellHistory, History, Row
+from sweeps.lookup import Start, starts
 from sweeps.optimizer import Optimizer, SpaceExhausted
 from sweeps.shared import Elsewhere, SharedOptimizer
 
@@ -134,7 +136,7 @@ class CellSearch:
         if not orphans:
             return self.proposed.pop(len(self.history.rows), None)
         ask = self.history.rows[min(orphans)].ask
-        return {"fidelity": 1.0} | {key: ask[key] for key in ("trial", "kind", "fidelity", "params", "seen")
+        return {"fidelity": 1.0} | {key: ask[key] for key in ("trial", "kind", "fidelity", "params", "seen", "source")
                                     if key in ask}
 
     def modelled(self, trial: int) -> bool:
@@ -147,8 +149,18 @@ class CellSearch:
         """The trial number `following`. Raises SpaceExhausted where every point of a finite space has been asked."""
         if trial < self.first:
             return {"trial": trial, "kind": "baseline", "fidelity": 1.0, "params": self.cell.fixed[trial]}
-        share, params = self.proposal(trial - self.first)
+        number = trial - self.first
+        if number < len(self.starts):
+            start = self.starts[number]
+            return {"trial": trial, "kind": "search", "fidelity": self.fidelity(number), "params": start.params,
+                    "source": start.source}
+        share, params = self.proposal(number)
         return {"trial": trial, "kind": "search", "fidelity": share, "params": params}
+
+    @cached_property
+    def starts(self) -> tuple[Start, ...]:
+        """What an atlas proposes to begin with, where the search has one."""
+        return starts(self.cell)
 
     def proposal(self, number: int) -> tuple[float, dict[str, Any]]:
         """Fidelity and params of search trial `number`."""

@@ -126,7 +126,12 @@ def _checked(document: Document) -> Sweep:
 
 
 def _anchor(document: Document, path: Path | None) -> None:
-    """Make data.root of measured data absolute, so that a worker elsewhere finds the files."""
+    """Make data.root of measured data, and search.atlas, absolute, so that a worker elsewhere finds the files."""
+    search = document.data.get("search")
+    if isinstance(search, dict) and isinstance(search.get("atlas"), str):
+        given_here = document.place(("search", "atlas")).startswith("--set")
+        base = path.parent if path and not given_here else Path()
+        search["atlas"] = str((base / Path(search["atlas"]).expanduser()).resolve())
     data = document.data.get("data")
     if not isinstance(data, dict) or not data.keys() & {"chem", "scan"} or "phantom" in data:
         return

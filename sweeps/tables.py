@@ -244,6 +244,7 @@ def table(run: Run) -> str:
     parts.append(_fractions_text(run) if run.sweep.output.fractions else "")
     parts.append(_responses_text(run) if run.sweep.system == "hebt" else "")
     parts.append(_winners_text(run))
+    parts.append(_starts_text(run))
     parts.append(_notes_text(run))
     return "\n\n".join(part for part in parts if part)
 
@@ -380,6 +381,17 @@ def _winners_text(run: Run) -> str:
         effort = [f"{len(done)}/{grid.trials(cell)}", str(failed), f"{seconds:.1f}"]
         rows.append([cell.id, *map(shown, numbers), *effort])
     return "Winners\n" + aligned(rows)
+
+
+def _starts_text(run: Run) -> str:
+    """What searches with an atlas began with, and where that is from."""
+    lines = []
+    for cell in run.cells:
+        for row in run.rows(cell):
+            if "source" in row:
+                words = ", ".join(f"{name.rpartition('.')[2]} {shown(value)}" for name, value in row["params"].items())
+                lines.append(f"{cell.id}: trial {row['trial']} had {words}, {row['source']}")
+    return "\n".join(["Starts from an atlas", *lines] if lines else [])
 
 
 def _notes_text(run: Run) -> str:

@@ -98,7 +98,7 @@ def test_predicted_errors_are_the_spread_over_noise_draws(lambdas):
 
 @pytest.mark.filterwarnings("ignore:the standard errors average")
 def test_more_counts_make_errors_smaller_and_averages_tell(tiny):
-    few, many = (reconstruct(simulated(16, 9, 5, snr=snr), Settings(errors="sandwich", error_probes=4, lambda_tv=1.0))
+    few, many = (reconstruct(simulated(16, 9, 5, snr=snr), Settings(errors="sandwich", error_probes=4))
                  for snr in (2.5, 16.0))
     for name in ("average_standard_error", "average_relative_error"):
         assert 0 < many.metrics[name] < few.metrics[name]
