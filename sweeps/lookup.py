@@ -1,9 +1,10 @@
 """Where a search starts: the weights that an atlas, made by simulation, has found for a sampling like the data's.
 
 Samplings are compared by the ratios of their numbers: images, maps, the range of tilts, the counts of a map's pixel
-(SNR - 1) and HAADF's. What of the maps' counts and voxels still differs from the nearest cell's is made up for by a
-law: total variation has to hold down noise, so that lambda_tv goes with the square root of all counts of a plane's
-maps (`engine.heldout.weight`), and falls with the number of voxels across, over which they are shared out.
+(SNR - 1) and HAADF's. What still differs from the nearest cell's is made up for by a law: total variation has to hold
+down noise, so that lambda_tv goes with the square root of the counts that there are for each voxel
+(`engine.heldout.weight`). A pixel's are shared out over the voxels of its ray: maps x counts / voxels across. The best
+lambda_tv of cocuo went with the power 0.56 of maps x counts (20-fold, at 32^3) and -0.46 of the voxels (24 to 64).
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Sampling:
 
     def strength(self, other: Sampling) -> float:
         """The factor on lambda_tv that leads from the other sampling to this one."""
-        return math.sqrt(self.maps * self.counts / (other.maps * other.counts)) * other.voxels / self.voxels
+        here, there = (each.maps * max(each.counts, NONE) / each.voxels for each in (self, other))
+        return math.sqrt(here / there)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`python -m tests.bench_lambda`: weights without a truth, by held-out maps and by an atlas, against the best there are."""
+"""`python -m tests.bench_lambda`: weights without a truth, by held-out maps and by an atlas, against the best."""
 
 from __future__ import annotations
 

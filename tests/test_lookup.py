@@ -69,7 +69,7 @@ def test_weights_are_brought_to_the_counts_to_the_voxels_and_to_lambda_chem():
         "solver.lambda_model": 2.0, "solver.lambda_chem": 1.0, "solver.lambda_tv": 3.0})
     cell, = grid.cells(sweep(axes={}))
     found = lookup.proposal(cell, entry, HERE)
-    assert found == pytest.approx({"solver.lambda_model": 2.0, "solver.lambda_tv": 3.0 / 2 / 2})
+    assert found == pytest.approx({"solver.lambda_model": 2.0, "solver.lambda_tv": 3.0 / 2 / math.sqrt(2)})
     cell, = grid.cells(sweep(axes={}, lambda_chem=10.0))
     assert lookup.proposal(cell, entry, HERE) == pytest.approx({name: 10 * value for name, value in found.items()})
     cell, = grid.cells(sweep(axes={}, lambda_model={"choice": [0.1, 1.0, 5.0]}, lambda_tv={"low": 1.0, "high": 9.0}))
