@@ -12,7 +12,7 @@ from engine.phantoms import ELEMENTS, FIELD_NM, phantom
 from sweeps import grid, lookup, report, settings
 from sweeps.journal import RunError
 from sweeps.lookup import Entry, Sampling
-from tests.coordinate import WEIGHT, coordinate, sweep
+from tests.coordinate import coordinate, sweep
 from tests.specimens import with_images, with_maps
 from tests.test_coordinator import events
 
@@ -72,8 +72,8 @@ def test_weights_are_brought_to_the_counts_to_the_voxels_and_to_lambda_chem():
     assert found == pytest.approx({"solver.lambda_model": 2.0, "solver.lambda_tv": 3.0 / 2 / math.sqrt(2)})
     cell, = grid.cells(sweep(axes={}, lambda_chem=10.0))
     assert lookup.proposal(cell, entry, HERE) == pytest.approx({name: 10 * value for name, value in found.items()})
-    cell, = grid.cells(sweep(axes={}, lambda_model={"choice": [0.1, 1.0, 5.0]}, lambda_tv={"low": 1.0, "high": 9.0}))
-    assert lookup.proposal(cell, entry, HERE) == {"solver.lambda_model": 1.0, "solver.lambda_tv": 1.0}
+    cell, = grid.cells(sweep(axes={}, lambda_model={"choice": [0.1, 1.0, 5.0]}, lambda_tv={"low": 2.0, "high": 9.0}))
+    assert lookup.proposal(cell, entry, HERE) == {"solver.lambda_model": 1.0, "solver.lambda_tv": 2.0}
     with pytest.raises(RunError, match="tells nothing of solver.inner"):
         lookup.proposal(grid.cells(sweep(axes={}, inner={"low": 2, "high": 6}))[0], entry, HERE)
 
@@ -132,7 +132,8 @@ def test_a_relative_atlas_lies_beside_the_yaml(tmp_path):
     assert settings.load(tmp_path / "s.yaml").search.atlas == str(tmp_path / "runs/a")
 
 
-def test_the_best_tv_follows_the_counts(atlas):
-    """Nine times the counts in a pixel of the maps, three times the weight."""
+def test_the_weight_of_tv_goes_with_the_root_of_the_counts_of_a_voxel():
+    """Nine times the counts in a pixel of the maps, three times the weight; four times the voxels, half."""
     assert replace(HERE, counts=9.0).strength(HERE) == pytest.approx(3)
-    assert HERE.strength(HERE) == 1 and WEIGHT["scale"] == "log" and np.isfinite(HERE.apart(replace(HERE, images=0)))
+    assert replace(HERE, voxels=256).strength(HERE) == pytest.approx(0.5)
+    assert HERE.strength(HERE) == 1 and HERE.apart(replace(HERE, voxels=256)) == 0

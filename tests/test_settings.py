@@ -322,12 +322,13 @@ def test_the_template_loads_and_explains_every_setting(measured: bool, system: s
     # Settings that are not given stand there behind a comment sign; without it they load too.
     names = {name.split(".")[-1] for name, _ in settings.fields()}
     names -= {"responses"} if measured else set()  # those of the example's other elements
-    names -= {"fused3d": {"candidates"}, "mset": {"fractions", "particles"}}.get(system, set())  # not for them
+    names -= {"fused3d": {"candidates"}, "hebt": {"atlas"},  # not for them
+              "mset": {"fractions", "particles", "atlas"}}.get(system, set())
     given = re.sub(r"(?m)^( *)# (\w+): (?!null)",
                    lambda m: f"{m[1]}{m[2]}: " if m[2] in names else m[0], text)
     # What has an example and no default:
     without = {"search.trial_timeout": None, "search.budget_hours": None, "output.fractions": None,
-               "output.particles": None}
+               "output.particles": None, "search.atlas": None}
     without |= {"solver.responses": None} if system == "hebt" else {}
     without |= {"data.dose": None} if system == "mset" and not measured else {}
     assert (settings.replace(settings.load(_write(tmp_path, given)), without) == sweep) is not measured
