@@ -92,7 +92,7 @@ def _heldout(sweep: Sweep) -> Iterator[Problem]:
                 "give data.chem.units: counts where they are")
     if search.atlas is not None and (not isinstance(solver, Fused3D) or isinstance(data, Particle)):
         yield ("search", "atlas"), "is for the weights of fused3d and fused2d; leave it out"
-    if search.rule == "one_standard_error":
+    if search.rule == "one_standard_error" and tunables(sweep):
         if search.objective != "heldout" or not isinstance(solver, Fused3D):
             yield ("search", "rule"), ("one_standard_error compares the folds of a fused search by heldout; write "
                                        "objective: heldout, or rule: best")

@@ -245,6 +245,7 @@ def table(run: Run) -> str:
     parts.append(_responses_text(run) if run.sweep.system == "hebt" else "")
     parts.append(_winners_text(run))
     parts.append(_starts_text(run))
+    parts.append(_errors_text(run) if run.sweep.system == "fused3d" else "")
     parts.append(_notes_text(run))
     return "\n\n".join(part for part in parts if part)
 
@@ -381,6 +382,15 @@ def _winners_text(run: Run) -> str:
         effort = [f"{len(done)}/{grid.trials(cell)}", str(failed), f"{seconds:.1f}"]
         rows.append([cell.id, *map(shown, numbers), *effort])
     return "Winners\n" + aligned(rows)
+
+
+def _errors_text(run: Run) -> str:
+    """Averages of the standard errors over the specimen, where they were asked for."""
+    found = {cell.id: (run.winner(cell) or {}).get("metrics", {}) for cell in run.cells}
+    lines = [f"{cell}: {shown(told['average_standard_error'])} of the concentrations, "
+             f"{shown(told['average_relative_error'])} % of the elements' shares"
+             for cell, told in found.items() if "average_standard_error" in told]
+    return "\n".join(["Standard errors, averages over the specimen", *lines] if lines else [])
 
 
 def _starts_text(run: Run) -> str:
