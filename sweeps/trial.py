@@ -170,13 +170,18 @@ def _stopped(judge: Judge, chosen: Any, solution: Solution, score: Score,
                  "elements": score["elements"] | held["elements"]}
     arrays = judge.arrays(solution)
     if judge.sweep.output.resolution and solution.ok:
-        run = replace(chosen, iterations=int(score["metrics"].get("best_iteration", chosen.iterations)))
+        run = replace(_quiet(chosen), iterations=int(score["metrics"].get("best_iteration", chosen.iterations)))
         told, curves = halves.scores(correlations(judge.data, lambda half: judge.system.reconstruct(half, run)),
                                      judge.elements)
         score = score | {name: score[name] | told[name] for name in told}
         arrays |= curves
     solution = replace(solution, fields=solution.fields | arrays)
     return solution, {**score, "checkpoints": [{"iterations": n, **stops[n]} for n in sorted(stops)]}
+
+
+def _quiet(chosen: Any) -> Any:
+    """A solver's settings, without the standard errors that nobody will look at."""
+    return replace(chosen, errors="none") if hasattr(chosen, "errors") else chosen
 
 
 def _merged(truth: Score, held: Score) -> Score:
@@ -238,9 +243,7 @@ def _held_out(sweeps: Sequence[Sweep], data: MultiModal) -> list[tuple[Score, di
 
     A trial with a fold that fails has that as its status.
     """
-    record, chosen = sweeps[0].solver.record, [solver_settings(sweep) for sweep in sweeps]
-    if sweeps[0].system in ("fused2d", "fused3d"):
-        chosen = [replace(each, errors="none") for each in chosen]
+    record, chosen = sweeps[0].solver.record, [_quiet(solver_settings(sweep)) for sweep in sweeps]
     last: list[list[float]] = [[] for _ in sweeps]
     found: list[dict[int, list[float]]] = [{n: [] for n in record} for _ in sweeps]
     wrong: dict[int, str] = {}
