@@ -128,7 +128,7 @@ def _checked(document: Document) -> Sweep:
 def _anchor(document: Document, path: Path | None) -> None:
     """Make data.root of measured data absolute, so that a worker elsewhere finds the files."""
     data = document.data.get("data")
-    if not isinstance(data, dict) or not data.keys() & {"chem", "scan"} or "phantom" in data:
+    if not isinstance(data, dict) or not data.keys() & {"chem", "haadf", "scan"} or "phantom" in data:
         return
     if isinstance(data.get("root", "."), str):
         given_here = document.place(("data", "root")).startswith("--set") and "root" in data

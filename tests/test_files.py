@@ -12,7 +12,8 @@ import pytest
 
 from engine.data import DataError
 from engine.files import open_file, read_array
-from engine.measured import Recording, prepare, read_angles, read_series, read_truth
+from engine.measured import Recording, read_angles, read_series, read_truth
+from engine.regions import prepare
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ANGLES = [-40.0, -20.0, 0.0, 20.0, 40.0]
