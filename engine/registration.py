@@ -25,6 +25,7 @@ from engine.data import DataError
 
 BORDER = 0.05  # of an image's edges: the frame whose median is the background
 FINENESS = 20  # parts of a pixel in which correlations are found
+CLOSER = 3  # correlations of a pair of neighbours, each from where the one before puts them
 ROUNDS = 5  # of common lines and their mean: no shift of the needle's series changed by 0.05 pixels after the third
 WINDOW = 5  # tilts whose median an image's total is held against
 AROUND = 9  # tilts whose median an image's misfit is held against: it grows smoothly with the tilt
@@ -166,7 +167,8 @@ def common_line(series: Series) -> Series:
 
 def cross_correlation(series: Series, axes: Sequence[str] = ("y", "x"), smooth: float = 1.0,
                       stretch: bool = True) -> Series:
-    """Correlate each image with its neighbour toward 0 degrees, whose own shift it takes over.
+    """Correlate each image with its neighbour toward 0 degrees, whose own shift it takes over; by phases alone, and
+    anew from where that puts it, so that the window lies on what both have.
 
     smooth: [pixel] of the Gaussian whose gradient the images are seen through. stretch: whether the steeper image is
     widened across the tilt axis by the ratio of the cosines, as flat specimens look. The image nearest to 0 stays.
@@ -184,19 +186,21 @@ def cross_correlation(series: Series, axes: Sequence[str] = ("y", "x"), smooth: 
 
     for way in (order[middle:], order[middle::-1]):
         for near, far in zip(way, way[1:], strict=False):
-            image = images[far]
-            if stretch:
-                image = _stretched(image, *np.cos(np.radians(series.angles[[near, far]])))
-            back, *_ = phase_cross_correlation(seen(images[near]), seen(image), upsample_factor=FINENESS,
-                                               normalization=None)
-            change[far, kept] = change[near, kept] - back[kept]
+            cosines = np.maximum(np.cos(np.radians(series.angles[[near, far]])), 0.1)
+            part = np.array([cosines[1] / cosines[0] if stretch else 1.0, 1.0])
+            goal, change[far] = seen(_laid(images[near], change[near], np.ones(2))), change[near]
+            for _ in range(CLOSER):
+                back, *_ = phase_cross_correlation(goal, seen(_laid(images[far], change[far], part)),
+                                                   upsample_factor=FINENESS, normalization="phase")
+                change[far, kept] -= (part * back)[kept]
     return series.shifted(change)
 
 
-def _stretched(image: np.ndarray, near: float, far: float) -> np.ndarray:
-    """An image at a tilt of cosine `far` as a flat specimen looks at one of cosine `near`, about its middle row."""
-    middle, part = (image.shape[0] - 1) / 2, max(far, 0.1) / max(near, 0.1)
-    return ndimage.affine_transform(image, np.array([part, 1.0]), (middle * (1 - part), 0.0), order=1, mode="nearest")
+def _laid(image: np.ndarray, shift: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """An image with its shift undone, and of which such a part along y and x is as wide as an image."""
+    middle = (np.array(image.shape) - 1) / 2
+    laid: np.ndarray = ndimage.affine_transform(image, part, middle * (1 - part) + shift, order=1, mode="nearest")
+    return laid
 
 
 def outliers(series: Series) -> Series:
@@ -318,4 +322,7 @@ def _halves(series: Series, extent: tuple[float, float], bins: int) -> resolutio
     tilts = np.flatnonzero(series.used)
     tilts = tilts[np.argsort(series.angles[tilts])]
     one, other = (_volume(series, part, extent, bins)[0] for part in (tilts[::2], tilts[1::2]))
+    # A thin volume has few frequencies along its depth: vacuum around it changes none of them.
+    room = [(0, max(0, 2 * resolution.BLOCK - n)) for n in one.shape]
+    one, other = np.pad(one, room), np.pad(other, room)
     return resolution.shell_correlation(one, other, float(bins))

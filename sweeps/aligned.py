@@ -77,9 +77,18 @@ def _found(data: Measured, recording: Recording) -> stages.Arrays:
     try:
         source = data.haadf if recording.elements == ("HAADF",) and data.haadf is not None else data.chem
         return _told(Path(source.path).name, data.align or [], data.pixel_size or recording.pixel_size) | aligned(
-            images, recording.angles, data.align or [], moves=recording.shifts, extent=(depth, width))
+            images, recording.angles, data.align or [], moves=_known(data, recording), extent=(depth, width))
     except DataError as error:
         raise DataError(f"{recording.where}: data.align: {error}") from None
+
+
+def _known(data: Measured, recording: Recording) -> np.ndarray:
+    """(tilt, 2) known shifts that align the images and, where its place is known, bring the tilt axis to their middle,
+    which is where stages look for it."""
+    middle = (recording.projections.shape[2] - 1) / 2
+    off = 0.0 if data.tilt_axis is None else middle - data.tilt_axis
+    moved = off * (1 - np.cos(np.radians(recording.angles)))
+    return recording.shifts + np.stack([moved, 0 * moved], 1)
 
 
 def _told(title: str, chain: Sequence[AlignStage], pixel: float | None) -> stages.Arrays:

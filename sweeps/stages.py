@@ -172,7 +172,7 @@ def measured_data(data: Measured, opened: dict[str, measured.Recording] | None =
     opened = opened or recordings(data)
     crop = None if data.crop is None else data.crop.model_dump()
     chem, *haadf = regions.prepare(*opened.values(), pixel_size=data.pixel_size, crop=crop, binning=data.binning,
-                                    tilt_axis=data.tilt_axis)
+                                    tilt_axis=None if data.align else data.tilt_axis)
     elements = data.chem.elements
     numbers = tuple(e if isinstance(e, int) else e.number for e in elements.values())
     ny, nx = chem.projections.shape[2:]
@@ -193,7 +193,7 @@ def align_inputs(data: Measured) -> dict[str, Any]:
     path = Path(data.root, source.path)
     stat = path.stat() if path.exists() else None
     given = data.model_dump(exclude_none=True)
-    wanted = {name: given[name] for name in ("root", "align", "volume", "binning") if name in given}
+    wanted = {name: given[name] for name in ("root", "align", "tilt_axis", "volume", "binning") if name in given}
     count = data.haadf_tilts if source is data.haadf else data.chem_tilts
     return wanted | {"source": source.model_dump(exclude_none=True), "tilts": count,
                      "file": [stat.st_size, stat.st_mtime_ns] if stat else None}
