@@ -144,7 +144,8 @@ def centre_of_mass(series: Series, axes: Sequence[str] = ("y",)) -> Series:
     images, change = np.maximum(series.moved(), 0), np.zeros((len(series.images), 2))
     total = images.sum((1, 2))
     if not (total > 0).all():
-        series = series.without({int(t): "holds nothing above its background" for t in np.flatnonzero(total <= 0)})
+        series = series.without({int(t): f"the image at {series.angles[t]:g} degrees holds nothing above its background"
+                                 for t in np.flatnonzero(total <= 0)})
     for k, axis in enumerate("yx"):
         if axis in axes:
             place = np.arange(images.shape[k + 1]) - (images.shape[k + 1] - 1) / 2

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field
 
 from sweeps.fields import ALIGNING, Model, once, setting
+from sweeps.yamlio import flow
 
 Axes = Annotated[list[Literal["y", "x"]], Field(min_length=1), AfterValidator(once)]
 
@@ -82,20 +83,25 @@ _STAGES = {"background": "<AlignBackground>", "centre_of_mass": "<AlignMass>", "
 
 
 def _kind(value: Any) -> str | None:
-    """Which stage's model; a word stands for the stage with its defaults."""
+    """Which stage's model."""
+    return f"<{type(value).__name__}>" if isinstance(value, BaseModel) else _STAGES[value["stage"]]
+
+
+def _spelled(value: Any) -> Any:
+    """A word stands for the stage with its defaults."""
     if isinstance(value, BaseModel):
-        return f"<{type(value).__name__}>"
+        return value
     name = value.get("stage") if isinstance(value, dict) else value
     if name not in _STAGES:
-        raise ValueError(f"{name!r} is no stage of an alignment; write stage: {', '.join(_STAGES)}")
-    return _STAGES[name]
+        raise ValueError(f"{flow(name)} is no stage of an alignment; write stage: {', '.join(_STAGES)}")
+    return value if isinstance(value, dict) else {"stage": name}
 
 
 AlignStage = Annotated[
     Annotated[AlignBackground, ALIGNING[0]] | Annotated[AlignMass, ALIGNING[1]] | Annotated[AlignLine, ALIGNING[2]]
     | Annotated[AlignNeighbours, ALIGNING[3]] | Annotated[AlignOutliers, ALIGNING[4]]
     | Annotated[AlignMatch, ALIGNING[5]],
-    Discriminator(_kind), BeforeValidator(lambda value: {"stage": value} if isinstance(value, str) else value)]
+    Discriminator(_kind), BeforeValidator(_spelled)]
 Align = Annotated[list[AlignStage], Field(min_length=1)]
 
 
