@@ -106,8 +106,9 @@ def _tilts(each: Alignment) -> str:
     """Angle, how far the image was moved along y and x [pixel], residual before and after; several side by side."""
     found = each.arrays
     order = np.argsort(found["angles"])
+    residuals = [found["before"], found["residual"]]
     cells = [[f"{found['angles'][t]:g}", *(f"{round(-move, 2) + 0.0:.2f}" for move in found["shifts"][t]),
-              *(f"{found[name][t]:.4f}" if found["used"][t] else "-" for name in ("before", "residual"))] for t in order]
+              *(f"{each[t]:.4f}" if found["used"][t] else "-" for each in residuals)] for t in order]
     rows = -(-len(cells) // ACROSS)
     head = ["degrees", "y", "x", "before", "after"]
     blank = [""] * len(head)

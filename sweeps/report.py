@@ -176,9 +176,9 @@ def _aligned(run: Run) -> Iterator[tuple[str, str, Figure]]:
     from sweeps import alignment_figures
 
     for k, each in enumerate(alignments.kept(run.folder), start=1):
-        yield (f"aligned-{k}", f"Alignment of {each.title}: sinograms, how far each image was moved, what the volume leaves "
-               "of it unexplained, its turn, and volumes of every second image each. Crosses are what was planted.",
-               alignment_figures.drawn(each))
+        words = (f"Alignment of {each.title}: sinograms, how far each image was moved, what the volume leaves of it "
+                 "unexplained, its turn, and volumes of every second image each. Crosses are what was planted.")
+        yield f"aligned-{k}", words, alignment_figures.drawn(each)
 
 
 def _flat(run: Run) -> Iterator[tuple[str, str, Figure]]:

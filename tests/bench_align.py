@@ -16,7 +16,7 @@ import numpy as np
 from engine import fused3d, metrics, registration, simulate
 from engine.align import Alignment, Level
 from engine.data import MultiModal
-from sweeps import specimens, stages
+from sweeps import specimens
 from sweeps.alignments import kept
 from sweeps.settings import load
 from tests.bench import publish
@@ -71,13 +71,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for replicate in range(REPLICATES):
             error, turn, aligned, perfect = isolated(replicate, Path(folder))
-            rows.append(f"| isolated, noise {replicate} | {error[0]:.3f} | {error[1]:.3f} | {turn:+.3f} | {aligned:.4f} | "
-                        f"{perfect:.4f} | {100 * (aligned / perfect - 1):+.1f} % |")
+            rows.append(f"| isolated, noise {replicate} | {error[0]:.3f} | {error[1]:.3f} | {turn:+.3f} | "
+                        f"{aligned:.4f} | {perfect:.4f} | {100 * (aligned / perfect - 1):+.1f} % |")
             print(rows[-1], flush=True)
     for seed in range(REPLICATES):
         before, error, turn = leaving(seed)
-        rows.append(f"| leaving the field, {seed} (neighbours alone: {before[0]:.2f}, {before[1]:.2f}) | {error[0]:.3f} | "
-                    f"{error[1]:.3f} | {turn:+.3f} | | | |")
+        rows.append(f"| leaving the field, {seed} (neighbours alone: {before[0]:.2f}, {before[1]:.2f}) | "
+                    f"{error[0]:.3f} | {error[1]:.3f} | {turn:+.3f} | | | |")
         print(rows[-1], flush=True)
     print(f"{time.perf_counter() - begun:.0f} s")
     publish(HEADING, "\n".join([__doc__.split("\n\n")[1], "", HEAD, *rows]))

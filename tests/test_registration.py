@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine import registration, regions
+from engine import regions, registration
 from engine.align import Alignment, Level, joint
 from engine.data import DataError
 from engine.measured import Recording
@@ -144,8 +144,9 @@ def test_a_wide_volume_explains_a_slab_that_leaves_the_field():
 
 
 def recording(images, true, units):
-    return Recording(np.asarray(images)[None], ANGLES, ("HAADF",), units, -true.shifts, np.zeros((1, 1, 1, 1), np.float32),
-                     1.0, "a test", true.inplane)
+    none = np.zeros((1, 1, 1, 1), np.float32)
+    return Recording(np.asarray(images)[None], ANGLES, ("HAADF",), units, -true.shifts, none, 1.0, "a test",
+                     true.inplane)
 
 
 def test_images_are_taken_once_from_where_they_lie(seen):
