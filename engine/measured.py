@@ -38,6 +38,7 @@ class Recording:
     where: the file and array, for messages.
     turns: (tilt,) [deg] by which the moved image is turned back about the beam, where shifts and turns are known to
         parts of a pixel (`engine.registration`); None: images move by whole pixels.
+    warps: (tilt, 2, 3) how maps lie on the images whose shifts and turns these are (`engine.warps`), where turns are.
     """
 
     projections: np.ndarray
@@ -49,6 +50,7 @@ class Recording:
     pixel_size: float | None
     where: str
     turns: np.ndarray | None = None
+    warps: np.ndarray | None = None
 
 
 def read_series(

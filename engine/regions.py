@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 from scipy import ndimage
 
+from engine import warps
 from engine.data import DataError, TiltSeries, Units
 from engine.measured import Recording
 
@@ -68,7 +69,10 @@ def places(recording: Recording, region: Region, moves: np.ndarray, tilt: int) -
     cos, sin = np.cos(turn), np.sin(turn)
     rows = y[:, None] * cos - x * sin + middle[0] - moves[tilt, 0]
     columns = y[:, None] * sin + x * cos + middle[1] - moves[tilt, 1]
-    return np.stack([rows, columns])
+    found = np.stack([rows, columns])
+    if recording.warps is None:
+        return found
+    return warps.warped(found, recording.warps[tilt], recording.projections.shape[2:])
 
 
 def _region(recordings: Sequence[Recording], crop: Mapping[str, Sequence[int] | None], binning: int,

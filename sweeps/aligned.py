@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from engine import regions, registration, simulate
+from engine import regions, registration, simulate, warps
 from engine.align import Alignment, Level
 from engine.data import DataError, DataWarning, TiltSeries
 from engine.measured import Recording
 from sweeps import stages
-from sweeps.alignment import AlignMatch, AlignStage
+from sweeps.alignment import AlignMaps, AlignMatch, AlignStage
 from sweeps.schema import Phantom
 from sweeps.sources import Measured, Volume
 
@@ -33,7 +33,37 @@ def recordings(data: Measured, folder: Path) -> dict[str, Recording]:
     name = "haadf" if "haadf" in opened else "chem"
     found = stages.stage(folder, "align", stages.align_inputs(data), lambda: _found(data, opened[name]))
     say(found)
+    step = next((step for step in data.align if isinstance(step, AlignMaps)), None)
+    if step is not None and name == "haadf":
+        opened["chem"] = _on_images(data, opened["chem"], opened["haadf"], found["used"], step, folder)
     return {each: _moved(recording, found, each == name) for each, recording in opened.items()}
+
+
+def _on_images(data: Measured, maps: Recording, images: Recording, used: np.ndarray, step: AlignMaps,
+               folder: Path) -> Recording:
+    """Maps with how they lie on the images of their tilts that are used; what has none lies as an image would."""
+    pairs = [(m, i) for m, angle in enumerate(maps.angles) for i, other in enumerate(images.angles)
+             if abs(angle - other) < SAME and used[i]]
+    alone = len(maps.angles) - len(pairs)
+    if alone:
+        warnings.warn(f"{alone} of {len(maps.angles)} maps have no HAADF image at their angle that could be used: "
+                      "stage maps leaves them as they are", DataWarning, stacklevel=3)
+
+    def make() -> stages.Arrays:
+        found = warps.identity(len(maps.angles))
+        summed = (maps.projections - maps.background).sum(0, dtype=np.float32)
+        of_maps, of_images = ([pair[k] for pair in pairs] for k in (0, 1))
+        try:
+            if pairs:
+                there = images.projections[0, of_images]
+                found[of_maps] = warps.fitted(summed[of_maps], there, step.free, step.smooth)
+        except DataError as error:
+            raise DataError(f"{maps.where}: data.align: {error}") from None
+        return {"warps": found, "angles": maps.angles}
+
+    given = {"chem": stages.file_inputs(data, data.chem), "chem_tilts": data.chem_tilts, "step": step.model_dump()}
+    made = stages.stage(folder, "maps", stages.align_inputs(data) | given, make)
+    return replace(maps, warps=made["warps"])
 
 
 def say(found: stages.Arrays) -> None:
@@ -50,8 +80,8 @@ def aligned(images: np.ndarray, angles: np.ndarray, chain: Sequence[AlignStage],
     """
     start = None if moves is None else replace(Alignment.none(len(images)), shifts=-moves)
     bins = min((level.bins for step in chain if isinstance(step, AlignMatch) for level in step.levels), default=FINEST)
-    made = registration.register(images, angles, [_stage(step) for step in chain], start=start, extent=extent,
-                                 bins=bins)
+    steps = [_stage(step) for step in chain if not isinstance(step, AlignMaps)]
+    made = registration.register(images, angles, steps, start=start, extent=extent, bins=bins)
     words = [made.words[tilt] for tilt in sorted(made.words)]
     found, halves = made.alignment, made.halves
     return {"angles": np.asarray(angles, np.float64), "shifts": found.shifts, "inplane": found.inplane,
@@ -114,6 +144,7 @@ def _moved(recording: Recording, found: stages.Arrays, itself: bool) -> Recordin
     level = recording.background
     return replace(recording, projections=recording.projections[:, kept], angles=recording.angles[kept],
                    shifts=-there.shifts[kept], turns=there.inplane[kept],
+                   warps=None if recording.warps is None else recording.warps[kept],
                    background=level[:, kept] if level.shape[1] == len(recording.angles) else level)
 
 

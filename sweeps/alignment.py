@@ -78,8 +78,20 @@ class AlignMatch(Model):
     steps: int = setting(20, "-", "SIRT steps of the volume between two alignments", ge=1)
 
 
+class AlignMaps(Model):
+    """Spectrum images on the HAADF images of their tilts."""
+
+    flow: ClassVar[bool] = True
+    stage: Literal["maps"] = setting(
+        ..., "-", "measured data: the sum of a tilt's maps onto the HAADF image of that tilt, after all other stages")
+    free: Literal["translation", "drift", "affine"] = setting(
+        "drift", "-", "what is found of each: a shift, also a drift that is linear in time, or an affine map")
+    smooth: float = setting(2.0, "pixels", "of the Gaussian over both", gt=0)
+
+
 _STAGES = {"background": "<AlignBackground>", "centre_of_mass": "<AlignMass>", "common_line": "<AlignLine>",
-           "cross_correlation": "<AlignNeighbours>", "outliers": "<AlignOutliers>", "match": "<AlignMatch>"}
+           "cross_correlation": "<AlignNeighbours>", "outliers": "<AlignOutliers>", "match": "<AlignMatch>",
+           "maps": "<AlignMaps>"}
 
 
 def _kind(value: Any) -> str | None:
@@ -100,7 +112,7 @@ def _spelled(value: Any) -> Any:
 AlignStage = Annotated[
     Annotated[AlignBackground, ALIGNING[0]] | Annotated[AlignMass, ALIGNING[1]] | Annotated[AlignLine, ALIGNING[2]]
     | Annotated[AlignNeighbours, ALIGNING[3]] | Annotated[AlignOutliers, ALIGNING[4]]
-    | Annotated[AlignMatch, ALIGNING[5]],
+    | Annotated[AlignMatch, ALIGNING[5]] | Annotated[AlignMaps, ALIGNING[6]],
     Discriminator(_kind), BeforeValidator(_spelled)]
 Align = Annotated[list[AlignStage], Field(min_length=1)]
 

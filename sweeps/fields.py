@@ -155,7 +155,7 @@ def unless(word: str) -> BeforeValidator:
 
 TAGS = ("<a number>", "<a word>", "<a list>", "<a mapping>", "<nothing>", "<Phantom>", "<Particle>", "<Measured>",
         "<Scanned>", "<Recorded>", "<Fused3D>", "<Hebt>", "<Mset>", "<Mspt>", "<AlignBackground>", "<AlignMass>",
-        "<AlignLine>", "<AlignNeighbours>", "<AlignOutliers>", "<AlignMatch>")
+        "<AlignLine>", "<AlignNeighbours>", "<AlignOutliers>", "<AlignMatch>", "<AlignMaps>")
 (NUMBER, WORD, LIST, MAPPING, NOTHING, PHANTOM, PARTICLE, MEASURED, SCANNED, RECORDED, FUSED3D, HEBT, MSET, MSPT,
  *ALIGNING) = map(Tag, TAGS)
 BY_SHAPE = Discriminator(tag)

@@ -190,13 +190,19 @@ def measured_data(data: Measured, opened: dict[str, measured.Recording] | None =
 def align_inputs(data: Measured) -> dict[str, Any]:
     """All that the alignment of a measured series follows from: the files as they are, too."""
     source = data.haadf if data.haadf is not None and data.haadf_tilts != 0 else data.chem
+    given = data.model_dump(exclude_none=True)
+    names = ("root", "tilt_axis", "volume", "binning")
+    wanted: dict[str, Any] = {name: given[name] for name in names if name in given}
+    wanted["align"] = [step for step in given["align"] if step["stage"] != "maps"]
+    count = data.haadf_tilts if source is data.haadf else data.chem_tilts
+    return wanted | {"tilts": count} | file_inputs(data, source)
+
+
+def file_inputs(data: Measured, source: Source) -> dict[str, Any]:
+    """A source, and its file as it is."""
     path = Path(data.root, source.path)
     stat = path.stat() if path.exists() else None
-    given = data.model_dump(exclude_none=True)
-    wanted = {name: given[name] for name in ("root", "align", "tilt_axis", "volume", "binning") if name in given}
-    count = data.haadf_tilts if source is data.haadf else data.chem_tilts
-    return wanted | {"source": source.model_dump(exclude_none=True), "tilts": count,
-                     "file": [stat.st_size, stat.st_mtime_ns] if stat else None}
+    return {"source": source.model_dump(exclude_none=True), "file": [stat.st_size, stat.st_mtime_ns] if stat else None}
 
 
 def align_inputs_simulated(data: Phantom, given: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Shifts up to 10 pixels along both axes, a tilt axis 3 pixels beside the images' middle and turned by 2 degrees, noise as
 in F3. Isolated: the reference specimen at 64^3 through the stages of configs/align_planted.yaml, against the same
-simulation with nothing planted. Leaving the field: blobs of a slab five times as wide as an image.
+simulation with nothing planted. Leaving the field: blobs of a slab three times as wide as an image, to 60 degrees; a
+thin slab tells little of how the tilt axis is turned, for a turned slab shows nearly the same.
 """
 
 from __future__ import annotations

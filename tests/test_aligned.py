@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.ndimage import affine_transform
 
 from engine.data import DataWarning
 from engine.metrics import nrmse_elements
@@ -83,6 +84,27 @@ def test_an_alignment_is_made_once_and_again_when_a_file_changes(files, monkeypa
     np.savez(folder / "images.npz", haadf=100 + 50 * blobs(planted(2.0), ANGLES, *whole()), angles=ANGLES)
     aligned.recordings(sweep.data, folder)
     assert len(made) == 2
+
+
+@pytest.mark.filterwarnings("ignore::engine.data.DataWarning")
+def test_maps_that_drifted_lie_on_their_images_again(files):
+    """Rows that came later lie further on; brighter maps, for the drift is read from counts."""
+    folder, true = files
+    straight = 30 * blobs(true, ANGLES, *whole())[::2]
+    drift = np.array([[1.0, 0.0, 0.0], [0.06, 1.0, 0.5]])
+    back = np.linalg.inv(drift[:, :2])
+    middle = np.full(2, 23.5)
+    drifted = [affine_transform(image, back, middle - back @ (middle + drift[:, 2])) for image in straight]
+    angles = ANGLES[::2]
+    np.savez(folder / "maps.npz", counts=np.random.default_rng(0).poisson(np.maximum(drifted, 0))[None], angles=angles)
+    plain, given = specimens.prepared(measured(folder), folder), dump(measured(folder))
+    given["data"]["align"] += [{"stage": "maps", "free": "drift"}]
+    righted = specimens.prepared(load(given), folder)
+    assert len(alignments.kept(folder)) == 1
+    images = plain.haadf.projections[:, ::2][:, :10]
+    assert (images.shape, np.allclose(plain.haadf.angles[::2][:10], plain.chem.angles[:10])) == ((1, 10, 24, 24), True)
+    before, after = (nrmse_elements(each.chem.projections[:, :10], images)[0] for each in (plain, righted))
+    assert after < 0.6 * before
 
 
 @pytest.mark.filterwarnings("ignore::engine.data.DataWarning")
