@@ -202,7 +202,8 @@ def file_inputs(data: Measured, source: Source) -> dict[str, Any]:
     """A source, and its file as it is."""
     path = Path(data.root, source.path)
     stat = path.stat() if path.exists() else None
-    return {"source": source.model_dump(exclude_none=True), "file": [stat.st_size, stat.st_mtime_ns] if stat else None}
+    given = source.model_dump(exclude_none=True, exclude={"beam"})
+    return {"source": given, "file": [stat.st_size, stat.st_mtime_ns] if stat else None}
 
 
 def align_inputs_simulated(data: Phantom, given: dict[str, Any]) -> dict[str, Any]:
