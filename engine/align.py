@@ -31,6 +31,7 @@ from engine.euler import euler, matrix
 from engine.projector import Geometry, backproject, project
 
 FREE = {"shift": (0, 1), "inplane": (2,), "tilt": (3,), "azimuth": (4,)}  # what a level may find, and its columns
+ALONG = {"y": (0,), "x": (1,)}  # or of the shift one component
 AXIS = "axis"  # and the turn about the beam that all images share: how the tilt axis lies on the detector
 LEAST = 1e-3  # voxel lengths: rays and voxels that meet less than that are left alone
 FARTHEST = 1.0  # [pixel of a level] that an image moves in a round, or its edge by a turn
@@ -71,7 +72,7 @@ class Alignment:
 @dataclass(frozen=True)
 class Level:
     """A stage of `joint`. bins: pixels along an edge that become one. rounds: of a volume's steps and one alignment.
-    free: of FREE, what is found of each image, and AXIS."""
+    free: of FREE and ALONG, what is found of each image, and AXIS."""
 
     bins: int
     rounds: int
@@ -195,11 +196,11 @@ def _checked(images: np.ndarray, angles: np.ndarray, settings: Settings) -> None
     if dark:
         raise DataError(f"images {dark} are 0 everywhere; leave those tilts out")
     for level in settings.levels:
-        unknown = set(level.free) - {*FREE, AXIS}
+        unknown = set(level.free) - {*FREE, *ALONG, AXIS}
         if unknown or level.rounds < 1 or not 1 <= level.bins <= min(images.shape[1:]) // 4:
             raise DataError(f"a level of {level.bins} pixels in one, {level.rounds} rounds and free {level.free} does "
                             f"not fit images of {images.shape[1]} x {images.shape[2]}: at least 4 x 4 are to remain, "
-                            f"and free is of {', '.join([*FREE, AXIS])}")
+                            f"and free is of {', '.join([*FREE, *ALONG, AXIS])}")
     if not settings.levels:
         raise DataError("an alignment has no levels; give one or more")
 
@@ -235,7 +236,7 @@ def _at_level(images: np.ndarray, angles: np.ndarray, level: Level, settings: Se
     scale = np.array([level.bins, level.bins, 1, 1, 1])
     numbers, shape = numbers / scale, _shape(small.shape, settings.extent)
     volume = resized(volume, shape)
-    columns = [c for name in FREE if name in level.free for c in FREE[name]]
+    columns = sorted({c for name, those in {**FREE, **ALONG}.items() if name in level.free for c in those})
     common, shared = _shown(angles, columns), FREE["inplane"] if AXIS in level.free else ()
     before: Any = None
     change = np.zeros_like(numbers)

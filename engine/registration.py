@@ -239,19 +239,22 @@ def _robust(values: np.ndarray) -> float:
 
 def match(series: Series, levels: Sequence[Level], steps: int = 20, extent: tuple[float, float] = (1.0, 1.0),
           axes: Sequence[str] = ("y", "x")) -> Series:
-    """Projection matching: volume and alignment in turn, coarse to fine (`align.joint`), of images that are used."""
+    """Projection matching: volume and alignment in turn, coarse to fine (`align.joint`), of images that are used.
+
+    axes: along which they are moved.
+    """
     tilts = np.flatnonzero(series.used)
     images, angles, begun = series.subset(tilts)
     scale = float(np.abs(images).mean())
+    if len(set(axes)) < 2:
+        levels = [replace(each, free=tuple(axes[0] if name == "shift" else name for name in each.free))
+                  for each in levels]
     found = align.joint(images / scale, angles, align.Settings(tuple(levels), steps, extent=extent), begun)
     numbers, matched = series.alignment, np.full(len(series.images), np.nan)
     arrays = {name: getattr(numbers, name).copy() for name in ("shifts", "inplane", "tilt", "azimuth")}
     for name, array in arrays.items():
         array[tilts] = getattr(found.alignment, name)
     matched[tilts] = found.residual
-    for k, axis in enumerate("yx"):
-        if axis not in axes:
-            arrays["shifts"][:, k] = numbers.shifts[:, k]
     return replace(series, alignment=Alignment(**arrays), matched=matched)
 
 

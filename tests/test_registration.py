@@ -81,6 +81,14 @@ def test_a_turned_axis_is_one_number_for_all_images(seen):
     assert abs(found.inplane[0] - 2) < 0.05 and (apart(found, true) < 0.05).all()
 
 
+def test_a_match_along_one_axis_moves_along_it_alone():
+    true = planted(1.5, turn=0.0)
+    begun = replace(true, shifts=true.shifts * [0, 1])
+    found = registration.match(series(blobs(true, ANGLES, *whole()), begun), [Level(2, 20)], axes=("y",)).alignment
+    np.testing.assert_array_equal(found.shifts[:, 1], true.shifts[:, 1])
+    assert apart(found, true)[0] < 0.1
+
+
 def test_every_image_moved_by_a_pixel_moves_every_shift_by_one(seen):
     _, images = seen
     stages = [("centre_of_mass", {"axes": ("y", "x")}), ("match", {"levels": LEVELS})]
