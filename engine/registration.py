@@ -23,6 +23,8 @@ from engine import align, resolution
 from engine.align import Alignment, Level
 from engine.data import DataError
 
+Region = tuple[tuple[int, int], tuple[int, int]]
+
 BORDER = 0.05  # of an image's edges: the frame whose median is the background
 FINENESS = 20  # parts of a pixel in which correlations are found
 CLOSER = 3  # correlations of a pair of neighbours, each from where the one before puts them
@@ -238,24 +240,50 @@ def _robust(values: np.ndarray) -> float:
 
 
 def match(series: Series, levels: Sequence[Level], steps: int = 20, extent: tuple[float, float] = (1.0, 1.0),
-          axes: Sequence[str] = ("y", "x")) -> Series:
+          axes: Sequence[str] = ("y", "x"), region: Region | None = None) -> Series:
     """Projection matching: volume and alignment in turn, coarse to fine (`align.joint`), of images that are used.
 
-    axes: along which they are moved.
+    axes: along which they are moved. region: of the aligned images, [from, to) along y and x [pixel]: what is looked
+    at, and around it as much as the images move.
     """
-    tilts = np.flatnonzero(series.used)
+    tilts, numbers = np.flatnonzero(series.used), series.alignment
     images, angles, begun = series.subset(tilts)
-    scale = float(np.abs(images).mean())
     if len(set(axes)) < 2:
         levels = [replace(each, free=tuple(axes[0] if name == "shift" else name for name in each.free))
                   for each in levels]
-    found = align.joint(images / scale, angles, align.Settings(tuple(levels), steps, extent=extent), begun)
-    numbers, matched = series.alignment, np.full(len(series.images), np.nan)
+    if region is not None:
+        images, off, extent = _looked_at(images, begun, region, extent)
+        begun = _about(begun, angles, off, 1)
+    scale = float(np.abs(images).mean())
+    joined = align.joint(images / scale, angles, align.Settings(tuple(levels), steps, extent=extent), begun)
+    found = joined.alignment if region is None else _about(joined.alignment, angles, off, -1)
+    matched = np.full(len(series.images), np.nan)
     arrays = {name: getattr(numbers, name).copy() for name in ("shifts", "inplane", "tilt", "azimuth")}
     for name, array in arrays.items():
-        array[tilts] = getattr(found.alignment, name)
-    matched[tilts] = found.residual
+        array[tilts] = getattr(found, name)
+    matched[tilts] = joined.residual
     return replace(series, alignment=Alignment(**arrays), matched=matched)
+
+
+def _looked_at(images: np.ndarray, begun: Alignment, region: Region,
+               extent: tuple[float, float]) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
+    """A part of images that shows a region of the aligned ones, how far its middle lies from theirs, and a volume's
+    extent, as deep and as far beyond the images' edges, in its heights."""
+    size, room = np.array(images.shape[1:]), np.ceil(np.abs(begun.shifts).max(0)).astype(int)
+    low = np.maximum(0, np.array([start for start, _ in region]) - room)
+    high = np.minimum(size, np.array([stop for _, stop in region]) + room)
+    ratio = size[0] / (high[0] - low[0])
+    part = images[:, low[0]:high[0], low[1]:high[1]]
+    return part, (low + high - size) / 2, (extent[0] * ratio, 1 + (extent[1] - 1) * ratio)
+
+
+def _about(alignment: Alignment, angles: np.ndarray, off: np.ndarray, sign: int) -> Alignment:
+    """An alignment of images about a middle that lies `off` (y, x) from theirs, of a volume about its own, with sign 1;
+    back with -1."""
+    cos, sin = np.cos(np.radians(alignment.inplane)), np.sin(np.radians(alignment.inplane))
+    y, x = off[0] * np.cos(np.radians(angles)), off[1]
+    moved = np.stack([y * cos - x * sin, y * sin + x * cos], 1) - off
+    return replace(alignment, shifts=alignment.shifts + sign * moved)
 
 
 STAGES: dict[str, Callable[..., Series]] = {

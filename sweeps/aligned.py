@@ -17,7 +17,7 @@ from engine.measured import Recording
 from sweeps import stages
 from sweeps.alignment import AlignMaps, AlignMatch, AlignStage
 from sweeps.schema import Phantom
-from sweeps.sources import Measured, Volume
+from sweeps.sources import Crop, Measured, Volume
 
 SAME = 0.05  # [deg] within which an image and a map were taken at one tilt
 FINE = 3  # voxels of the specimen along a pixel's edge where a misaligned series is simulated
@@ -73,14 +73,17 @@ def say(found: stages.Arrays) -> None:
 
 
 def aligned(images: np.ndarray, angles: np.ndarray, chain: Sequence[AlignStage], *, moves: np.ndarray | None = None,
-            extent: tuple[float, float] = (1.0, 1.0)) -> stages.Arrays:
+            extent: tuple[float, float] = (1.0, 1.0), crop: Crop | None = None) -> stages.Arrays:
     """`registration.register` of images (tilt, y, x) as arrays that a stage keeps; the names are those of its fields.
 
     moves: (tilt, 2) known shifts that align the images [pixels].
     """
     start = None if moves is None else replace(Alignment.none(len(images)), shifts=-moves)
     bins = min((level.bins for step in chain if isinstance(step, AlignMatch) for level in step.levels), default=FINEST)
-    steps = [_stage(step) for step in chain if not isinstance(step, AlignMaps)]
+    ny, nx = images.shape[1:]
+    crop = crop or Crop()
+    region = tuple(crop.y or (0, ny)), tuple(crop.x or (0, nx))
+    steps = [_stage(step, region) for step in chain if not isinstance(step, AlignMaps)]
     made = registration.register(images, angles, steps, start=start, extent=extent, bins=bins)
     words = [made.words[tilt] for tilt in sorted(made.words)]
     found, halves = made.alignment, made.halves
@@ -90,9 +93,11 @@ def aligned(images: np.ndarray, angles: np.ndarray, chain: Sequence[AlignStage],
             "shell_number": halves.number, "line_before": made.sinograms[0], "line_after": made.sinograms[1]}
 
 
-def _stage(step: AlignStage) -> tuple[str, Mapping[str, Any]]:
+def _stage(step: AlignStage, region: Any) -> tuple[str, Mapping[str, Any]]:
     """A stage as `registration.register` takes it."""
-    given = step.model_dump(exclude={"stage"})
+    given = step.model_dump(exclude={"stage", "within"})
+    if isinstance(step, AlignMatch) and step.within == "crop":
+        given["region"] = region
     if isinstance(step, AlignMatch):
         given["levels"] = tuple(Level(each.bins, each.rounds, tuple(each.free)) for each in step.levels)
     return step.stage, given
@@ -107,7 +112,8 @@ def _found(data: Measured, recording: Recording) -> stages.Arrays:
     try:
         source = data.haadf if recording.elements == ("HAADF",) and data.haadf is not None else data.chem
         return _told(Path(source.path).name, data.align or [], data.pixel_size or recording.pixel_size) | aligned(
-            images, recording.angles, data.align or [], moves=_known(data, recording), extent=(depth, width))
+            images, recording.angles, data.align or [], moves=_known(data, recording), extent=(depth, width),
+            crop=data.crop)
     except DataError as error:
         raise DataError(f"{recording.where}: data.align: {error}") from None
 

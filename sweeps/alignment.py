@@ -76,6 +76,8 @@ class AlignMatch(Model):
         [MatchLevel(bins=8, rounds=40), MatchLevel(bins=4, rounds=30), MatchLevel(bins=2, rounds=20)], "-",
         "coarse to fine")
     steps: int = setting(20, "-", "SIRT steps of the volume between two alignments", ge=1)
+    within: Literal["images", "crop"] = setting(
+        "images", "-", "what is looked at: whole images, or of measured data data.crop and what shifts need around it")
 
 
 class AlignMaps(Model):

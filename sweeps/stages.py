@@ -191,7 +191,7 @@ def align_inputs(data: Measured) -> dict[str, Any]:
     """All that the alignment of a measured series follows from: the files as they are, too."""
     source = data.haadf if data.haadf is not None and data.haadf_tilts != 0 else data.chem
     given = data.model_dump(exclude_none=True)
-    names = ("root", "tilt_axis", "volume", "binning")
+    names = ("root", "tilt_axis", "crop", "volume", "binning")
     wanted: dict[str, Any] = {name: given[name] for name in names if name in given}
     wanted["align"] = [step for step in given["align"] if step["stage"] != "maps"]
     count = data.haadf_tilts if source is data.haadf else data.chem_tilts

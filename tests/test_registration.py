@@ -89,6 +89,17 @@ def test_a_match_along_one_axis_moves_along_it_alone():
     assert apart(found, true)[0] < 0.1
 
 
+def test_a_match_looks_at_a_region_alone():
+    """Where all of the specimen lies in a part of the images, that part tells the same."""
+    true, off = planted(2.0, axis=1.0), np.array([0.0, 4.0, -5.0])
+    places, heights = whole()
+    images = blobs(true, ANGLES, places * 0.8 + off, heights)
+    begun = series(images, replace(true, shifts=true.shifts + np.random.default_rng(5).uniform(-1, 1, (29, 2)),
+                                   inplane=0 * ANGLES))
+    found = registration.match(begun, LEVELS, region=((16, 42), (8, 34)))
+    assert (apart(found.alignment, true) < 0.05).all() and abs(found.alignment.inplane[0] - 2) < 0.1
+
+
 def test_every_image_moved_by_a_pixel_moves_every_shift_by_one(seen):
     _, images = seen
     stages = [("centre_of_mass", {"axes": ("y", "x")}), ("match", {"levels": LEVELS})]
