@@ -31,6 +31,8 @@ from engine.euler import euler, matrix
 from engine.projector import Geometry, backproject, project
 
 FREE = {"shift": (0, 1), "inplane": (2,), "tilt": (3,), "azimuth": (4,)}  # what a level may find, and its columns
+ALONG = {"y": (0,), "x": (1,)}  # or of the shift one component
+AXIS = "axis"  # and the turn about the beam that all images share: how the tilt axis lies on the detector
 LEAST = 1e-3  # voxel lengths: rays and voxels that meet less than that are left alone
 FARTHEST = 1.0  # [pixel of a level] that an image moves in a round, or its edge by a turn
 MOMENTUM = 0.8  # share of a round's change that the next one begins with: a volume gives way slowly
@@ -70,7 +72,7 @@ class Alignment:
 @dataclass(frozen=True)
 class Level:
     """A stage of `joint`. bins: pixels along an edge that become one. rounds: of a volume's steps and one alignment.
-    free: of FREE, what is found."""
+    free: of FREE and ALONG, what is found of each image, and AXIS."""
 
     bins: int
     rounds: int
@@ -84,13 +86,15 @@ class Settings:
     levels: coarse to fine. steps: of the volume between two alignments. clip: share of an image's maximum below which
     it is set to 0, as the paper's 0.4 in coarse levels: it makes outlines plain, and is of no use for turns. blur:
     [voxel of the level] of the Gaussian that a volume is made of, which keeps it from frequencies that no image holds,
-    the paper's 0.5 at full size; 0 for none.
+    the paper's 0.5 at full size; 0 for none. extent: depth and width of the volume, in heights of an image: more width
+    where a specimen leaves the field, less depth where it is thin.
     """
 
     levels: tuple[Level, ...] = (Level(4, 30), Level(2, 30, ("shift", "inplane")), Level(1, 20, tuple(FREE)))
     steps: int = 20
     clip: float = 0.0
     blur: float = 0.0
+    extent: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -131,16 +135,17 @@ def applied(images: np.ndarray, alignment: Alignment) -> tuple[np.ndarray, np.nd
 
 def reconstructed(images: np.ndarray, angles: np.ndarray, alignment: Alignment, *, rounds: int = 20, steps: int = 5,
                   blur: float = 0.0, start: np.ndarray | None = None, window: np.ndarray | None = None,
+                  extent: tuple[float, float] = (1.0, 1.0),
                   observe: Callable[[int, np.ndarray], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The volume (z, y, x) of images (tilt, y, x) as they are aligned, and what they miss (tilt,), as in `Joint`.
 
     Accelerated non-negative SIRT in rounds of so many steps. blur: [voxel] of the Gaussian that the volume is made of.
     start: a volume of any size to begin with. window: (tilt, y, x) that aligned images are multiplied by, as with a
-    mask's shadow. observe(round, volume) is called after each round.
+    mask's shadow. extent: as in `Settings`. observe(round, volume) is called after each round.
     """
     undone, seen = applied(images, alignment)
     undone = undone if window is None else undone * window
-    numbers, shape = _numbers(alignment), (images.shape[1], *images.shape[1:])
+    numbers, shape = _numbers(alignment), _shape(images.shape, extent)
     volume, residual = resized(start, shape), np.zeros(len(images))
     turned = np.radians(angles) + numbers[:, 3]
     for turn in range(rounds):
@@ -191,11 +196,11 @@ def _checked(images: np.ndarray, angles: np.ndarray, settings: Settings) -> None
     if dark:
         raise DataError(f"images {dark} are 0 everywhere; leave those tilts out")
     for level in settings.levels:
-        unknown = set(level.free) - set(FREE)
+        unknown = set(level.free) - {*FREE, *ALONG, AXIS}
         if unknown or level.rounds < 1 or not 1 <= level.bins <= min(images.shape[1:]) // 4:
             raise DataError(f"a level of {level.bins} pixels in one, {level.rounds} rounds and free {level.free} does "
                             f"not fit images of {images.shape[1]} x {images.shape[2]}: at least 4 x 4 are to remain, "
-                            f"and free is of {', '.join(FREE)}")
+                            f"and free is of {', '.join([*FREE, *ALONG, AXIS])}")
     if not settings.levels:
         raise DataError("an alignment has no levels; give one or more")
 
@@ -229,10 +234,10 @@ def _at_level(images: np.ndarray, angles: np.ndarray, level: Level, settings: Se
         small = np.where(small < settings.clip * small.max((1, 2), keepdims=True), 0, small)
     filtered = np.stack([ndimage.spline_filter(image, output=np.float32) for image in small])
     scale = np.array([level.bins, level.bins, 1, 1, 1])
-    numbers, shape = numbers / scale, (small.shape[1], *small.shape[1:])
+    numbers, shape = numbers / scale, _shape(small.shape, settings.extent)
     volume = resized(volume, shape)
-    columns = [c for name in FREE if name in level.free for c in FREE[name]]
-    common = _shown(angles, columns)
+    columns = sorted({c for name, those in {**FREE, **ALONG}.items() if name in level.free for c in those})
+    common, shared = _shown(angles, columns), FREE["inplane"] if AXIS in level.free else ()
     before: Any = None
     change = np.zeros_like(numbers)
     # The first volume of a level is made before anything moves: an empty one tells of no place.
@@ -244,7 +249,7 @@ def _at_level(images: np.ndarray, angles: np.ndarray, level: Level, settings: Se
             before = np.asarray(residual)
             continue
         change = MOMENTUM * change + _newton(np.asarray(normal, np.float64), np.asarray(right, np.float64), columns,
-                                             shape[1:])
+                                             shared, small.shape[1:])
         change -= (common @ change.ravel()).reshape(change.shape)
         numbers = _moved(numbers, change)
         if observe is not None:
@@ -263,16 +268,37 @@ def _shown(angles: np.ndarray, columns: list[int]) -> np.ndarray:
     return basis @ np.linalg.pinv(basis) if basis.size else np.zeros((len(shown), len(shown)))
 
 
-def _newton(normal: np.ndarray, right: np.ndarray, columns: list[int], shape: tuple[int, ...]) -> np.ndarray:
-    """(tilt, 5) damped Gauss-Newton steps of the free numbers, none farther than FARTHEST at an image's edge."""
+def _newton(normal: np.ndarray, right: np.ndarray, columns: list[int], shared: tuple[int, ...],
+            shape: tuple[int, ...]) -> np.ndarray:
+    """(tilt, 5) damped Gauss-Newton steps of the free numbers, none farther than FARTHEST at an image's edge.
+
+    shared: a column that is one number for all images, found beside what each has of its own.
+    """
     reach = np.array([1, 1, max(shape) / 2, max(shape) / 2, max(shape) / 2])  # pixels that an edge moves by a unit
-    change = np.zeros_like(right)
-    for t in range(len(right)):
-        scaled = normal[t][np.ix_(columns, columns)] / np.outer(reach[columns], reach[columns])
-        damped = scaled + DAMPING * np.trace(scaled) / len(columns) * np.eye(len(columns))
-        step = np.linalg.solve(damped + 1e-30 * np.eye(len(columns)), right[t][columns] / reach[columns])
-        change[t, columns] = np.clip(step, -FARTHEST, FARTHEST) / reach[columns]
-    return change
+    normal, right, change = normal / np.outer(reach, reach), right / reach, np.zeros_like(right)
+    own = [c for c in columns if c not in shared]
+    inverse = [_damped_inverse(each[np.ix_(own, own)]) for each in normal]
+    for c in shared:
+        # What is left for the one number where every image's own numbers follow it.
+        rest = [each[c, c] - each[c, own] @ inv @ each[own, c] for each, inv in zip(normal, inverse, strict=True)]
+        wanted = [r[c] - each[c, own] @ inv @ r[own] for each, inv, r in zip(normal, inverse, right, strict=True)]
+        step = sum(wanted) / (sum(rest) + DAMPING * normal[:, c, c].sum() + 1e-30)
+        change[:, c] = np.clip(step, -FARTHEST, FARTHEST)
+        right = right - normal[:, :, c] * change[:, [c]]
+    for t, inv in enumerate(inverse):
+        change[t, own] = np.clip(inv @ right[t][own], -FARTHEST, FARTHEST)
+    return change / reach
+
+
+def _damped_inverse(normal: np.ndarray) -> np.ndarray:
+    damping = DAMPING * np.trace(normal) / max(1, len(normal)) + 1e-30
+    return np.linalg.inv(normal + damping * np.eye(len(normal)))
+
+
+def _shape(images: tuple[int, ...], extent: tuple[float, float]) -> tuple[int, int, int]:
+    """(z, y, x) voxels of the volume of images (tilt, y, x)."""
+    depth, width = (max(1, round(part * images[1])) for part in extent)
+    return depth, width, images[2]
 
 
 def _moved(numbers: np.ndarray, change: np.ndarray) -> np.ndarray:
@@ -301,17 +327,17 @@ def _advanced(volume: jax.Array, images: jax.Array, seen: jax.Array, angles: jax
               steps: int, blur: float) -> tuple[jax.Array, ...]:
     """What the volume is made of after steps toward the images, and what each image tells of its five numbers: normal
     matrices (tilt, 5, 5), right sides (tilt, 5) and residuals (tilt,)."""
-    nz, ny, _ = volume.shape
+    (nz, ny, _), pixels = volume.shape, images.shape[1]
     rays = Geometry(jnp.asarray(angles, jnp.float32), jnp.ones(len(angles), jnp.float32))
     azimuth = jnp.asarray(azimuth, jnp.float32)[:, None, None]
-    rows, columns = project(jnp.ones_like(volume), rays, ny), backproject(seen, rays, nz, ny)
+    rows, columns = project(jnp.ones_like(volume), rays, pixels), backproject(seen, rays, nz, ny)
     rows, columns = (jnp.where(a > LEAST, 1 / jnp.maximum(a, LEAST), 0) for a in (rows, columns))
     heights = jnp.arange(nz) - (nz - 1) / 2, jnp.arange(ny) - (ny - 1) / 2
     heights = heights[0][:, None, None], heights[1][:, None]
 
     def depth(volume: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The projections, and those of the volume times its height along the beam."""
-        each = project(jnp.stack([volume, heights[0] * volume, heights[1] * volume]), rays, ny)
+        each = project(jnp.stack([volume, heights[0] * volume, heights[1] * volume]), rays, pixels)
         cos, sin = (f(rays.angles)[:, None, None] for f in (jnp.cos, jnp.sin))
         return each[0], cos * each[1] - sin * each[2]
 
@@ -320,7 +346,7 @@ def _advanced(volume: jax.Array, images: jax.Array, seen: jax.Array, angles: jax
 
     def step(_: int, at: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         x, ahead, t = at
-        misfit = rows * seen * (data - project(_blurred(ahead, blur), rays, ny))
+        misfit = rows * seen * (data - project(_blurred(ahead, blur), rays, pixels))
         new = jnp.maximum(ahead + columns * _blurred(backproject(misfit, rays, nz, ny), blur), 0)
         later = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
         return new, new + (t - 1) / later * (new - x), later

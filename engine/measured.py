@@ -1,6 +1,6 @@
-"""Measured tilt series: what an array of a file means, and the common region of a specimen's modalities.
+"""Measured tilt series: what an array of a file means.
 
-`read_series` describes a series as it lies in its file; `prepare` aligns, crops and bins several together.
+`read_series` describes a series as it lies in its file; `engine.regions` moves, crops and bins several together.
 What does not fit is answered by a DataError: one sentence with the file, the cause and the next step.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from engine.data import DataError, TiltSeries, Units
+from engine.data import DataError, Units
 from engine.files import Contents, meant, open_file, reading
 from engine.spectra import maps as maps_of
 
@@ -36,6 +36,9 @@ class Recording:
     background: (1 or element, 1 or tilt, 1 or y, 1 or x), per pixel, in `units`.
     pixel_size: [nm], None where the file states none.
     where: the file and array, for messages.
+    turns: (tilt,) [deg] by which the moved image is turned back about the beam, where shifts and turns are known to
+        parts of a pixel (`engine.registration`); None: images move by whole pixels.
+    warps: (tilt, 2, 3) how maps lie on the images whose shifts and turns these are (`engine.warps`), where turns are.
     """
 
     projections: np.ndarray
@@ -46,6 +49,8 @@ class Recording:
     background: np.ndarray
     pixel_size: float | None
     where: str
+    turns: np.ndarray | None = None
+    warps: np.ndarray | None = None
 
 
 def read_series(
@@ -314,120 +319,3 @@ def _side_windows(contents: Contents, axes: Sequence[str], shape: tuple[int, ...
                        for each, group in zip(factors, groups, strict=True)])
     width = SMOOTHING if smooth is None else smooth
     return gaussian_filter(summed, (0, 0, width, width), output=np.float32, mode="nearest")
-
-
-Region = tuple[tuple[int, int], tuple[int, int]]  # [from, to) along y and x in aligned, unbinned pixels
-
-
-def prepare(*recordings: Recording, pixel_size: float | None = None,
-            crop: Mapping[str, Sequence[int] | None] | None = None, binning: int = 1,
-            tilt_axis: float | None = None) -> tuple[TiltSeries, ...]:
-    """Align, crop and bin the recordings of one specimen, all alike.
-
-    pixel_size: [nm] of an unbinned pixel; without it the file's.
-    crop: {y: [from, to), x: [from, to)} in unbinned pixels of the aligned images, trimmed to whole bins at
-        the end; without it the largest region, centred on the tilt axis, that every image covers.
-    binning: pixels along y and x that become one: counts and their background are summed, the rest averaged.
-    tilt_axis: [pixels] its y in the aligned, uncropped images; without it their centre, (ny - 1) / 2.
-
-    Images are moved by whole pixels, half a pixel wrong at most, so that counts stay independent counts;
-    modalities with the same angles and shifts move alike. Nothing from outside an image is made up: a region
-    that an image does not cover is refused. A volume turns about its own centre, so where the centre c of the
-    region is not the axis, images are moved by a further (c - tilt_axis) (1 - cos(angle)) along y.
-    """
-    first = recordings[0]
-    size = first.projections.shape[2:]
-    if binning < 1 or binning > min(size):
-        raise DataError(f"{first.where}: binning {binning} for {size} pixels; give 1 to {min(size)}")
-    for other in recordings:
-        if other.projections.shape[2:] != size:
-            raise DataError(f"{other.where}: images of {other.projections.shape[2:]} pixels (y, x), and "
-                            f"those of {first.where} have {size}; bring all modalities to one grid of pixels")
-    axis = (size[0] - 1) / 2 if tilt_axis is None else float(tilt_axis)
-    region = _region(recordings, crop or {}, binning, axis)
-    return tuple(_cut(recording, region, _moves(recording, region, axis), binning, pixel_size)
-                 for recording in recordings)
-
-
-def _moves(recording: Recording, region: Region, axis: float) -> np.ndarray:
-    """(tilt, 2) whole pixels along y and x by which each image is moved."""
-    off = (sum(region[0]) - 1) / 2 - axis
-    turned = (off if abs(off) > 0.5 else 0.0) * (1 - np.cos(np.radians(recording.angles)))
-    return np.rint(recording.shifts + np.stack([turned, 0 * turned], 1)).astype(int)
-
-
-def _region(recordings: Sequence[Recording], crop: Mapping[str, Sequence[int] | None], binning: int,
-            axis: float) -> Region:
-    """Whole bins of the crop, or of what all images cover; refused where an image does not cover it."""
-    where, sizes = recordings[0].where, recordings[0].projections.shape[2:]
-    shifts = np.rint(np.concatenate([recording.shifts for recording in recordings])).astype(int)
-    bounds = []
-    for word, size, moved in zip("yx", sizes, shifts.T, strict=True):
-        low, high = max(0, int(moved.max())), size + min(0, int(moved.min()))
-        start, stop = crop.get(word) or (low, high)
-        if not 0 <= start < stop <= size:
-            raise DataError(f"{where}: crop {word} [{start}, {stop}] lies outside its {size} pixels; "
-                            f"the aligned images share about [{low}, {high}]")
-        width = (stop - start) // binning * binning
-        if not crop.get(word) and word == "y":
-            width = max(0, int(2 * min(axis + 0.5 - low, high - axis - 0.5))) // binning * binning
-            start = round(axis + 0.5 - width / 2)
-        if not width:
-            raise DataError(f"{where}: {word} [{start}, {stop}] is narrower than a bin of {binning} pixels; "
-                            f"change data.crop, or data.tilt_axis, now {axis:g}")
-        bounds.append((start, start + width))
-    region = bounds[0], bounds[1]
-    for recording in recordings:
-        _check_covered(recording, region, _moves(recording, region, axis))
-    return region
-
-
-def _check_covered(recording: Recording, region: Region, moves: np.ndarray) -> None:
-    sizes = recording.projections.shape[2:]
-    for word, (start, stop), size, moved in zip("yx", region, sizes, moves.T, strict=True):
-        outside = np.flatnonzero((moved > start) | (size + moved < stop))
-        if outside.size:
-            tilt = outside[0]
-            raise DataError(
-                f"{recording.where}: the image at {recording.angles[tilt]:g} degrees, moved by {moved[tilt]} "
-                f"pixels, does not cover {word} [{start}, {stop}]; with this centre all images share "
-                f"[{max(0, moved.max())}, {size + min(0, moved.min())}]: change data.crop")
-
-
-def _cut(recording: Recording, region: Region, moves: np.ndarray, binning: int,
-         pixel_size: float | None) -> TiltSeries:
-    """The region of every image, binned; the same for its background."""
-    size = pixel_size or recording.pixel_size
-    if size is None:
-        raise DataError(f"{recording.where}: states no pixel size; give data.pixel_size in nm")
-    weight = binning**2 if recording.units in ("counts", "net_counts") else 1
-    projections = weight * _regions(recording.projections, region, moves, binning)
-    background = weight * recording.background
-    if background.shape[2] > 1:
-        background = weight * _regions(recording.background, region, moves, binning)
-    try:
-        _check_counts(projections, recording.units)
-        return TiltSeries(projections, recording.angles, recording.elements, size * binning, recording.units,
-                          background)
-    except DataError as error:
-        raise DataError(f"{recording.where}: {error}") from None
-
-
-def _regions(images: np.ndarray, region: Region, moves: np.ndarray, binning: int) -> np.ndarray:
-    """(element, tilt, y, x) float32 means over bins of the region of each image."""
-    (y0, y1), (x0, x1) = region
-    frames = [images[:, tilt, y0 - dy:y1 - dy, x0 - dx:x1 - dx] for tilt, (dy, dx) in enumerate(moves)]
-    ny, nx = (y1 - y0) // binning, (x1 - x0) // binning
-    blocks = (frame.reshape(len(frame), ny, binning, nx, binning) for frame in frames)
-    return np.stack([block.mean((2, 4), dtype=np.float64) for block in blocks], 1).astype(np.float32)
-
-
-def _check_counts(projections: np.ndarray, units: Units) -> None:
-    """Poisson statistics need counts: a map divided by its maximum would hardly be believed."""
-    largest = projections.max()
-    if units == "counts" and 0 < largest < 1:
-        raise DataError(f"no pixel holds a whole count (maximum {largest:.3g}), so these are no counts; "
-                        "give units: net_counts, atomic_percent or intensity")
-    if units == "counts" and largest >= 2**24:
-        raise DataError(f"a pixel holds {largest:.3g} counts, more than float32 can tell apart; "
-                        "is it a negative number read as unsigned? Repair it, or give units: intensity")

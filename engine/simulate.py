@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
+from scipy import ndimage
 
+from engine.align import Alignment
 from engine.data import DataError, MultiModal, TiltSeries, even_subset
 from engine.projector import geometry, project
 from engine.sizes import bucket
@@ -31,46 +35,75 @@ def clean_projections(volume: np.ndarray, angles: np.ndarray, pixels: int) -> np
     return np.stack([np.asarray(project(jnp.asarray(v), rays, pixels))[:len(angles)] for v in volume])
 
 
-def poisson_series(clean: np.ndarray, snr: np.ndarray, background: float,
-                   rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+Place = Callable[[np.ndarray, np.ndarray], np.ndarray]  # clean images and angles to where the detector has them
+
+
+def misplaced(clean: np.ndarray, alignment: Alignment, margin: int, fine: int = 1) -> np.ndarray:
+    """Clean projections (element, tilt, y, x) as an alignment says that they lie, on a detector that is wider by so
+    many pixels on each side.
+
+    fine: pixels of `clean` along the edge of one of the detector's. They are moved along cubic splines, never below 0,
+    and then averaged: what a pixel's own width does to a moved image is that of any image.
+    """
+    edge = fine * margin
+    wide = np.pad(clean, ((0, 0), (0, 0), (edge, edge), (edge, edge)))
+    middle = (np.array(wide.shape[2:]) - 1) / 2
+    for tilt, (shift, turn) in enumerate(zip(alignment.shifts, np.radians(alignment.inplane), strict=True)):
+        back = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+        for image in wide[:, tilt]:
+            image[:] = ndimage.affine_transform(image, back, middle - back @ (middle + fine * shift))
+    ny, nx = (n // fine for n in wide.shape[2:])
+    return np.maximum(wide, 0).reshape(*wide.shape[:2], ny, fine, nx, fine).mean((3, 5))
+
+
+def poisson_series(clean: np.ndarray, snr: np.ndarray, background: float, rng: np.random.Generator,
+                   placed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Counts, counts per unit of `clean`, and the flat background [counts], of projections (element, tilt, y, x).
 
     The background is a share of each element's brightest clean pixel (F3: 15 %). For Poisson noise the paper's
     SNR = (mu + mu^2) / sigma^2 is 1 + mu, with mu the mean over all pixels and tilts, background included: that
-    fixes the dose.
+    fixes the dose. placed: the clean projections as they lie on the detector, which is then what is drawn from.
     """
     snr = np.asarray(snr, np.float64)
     if (snr <= 1).any():
         raise DataError(f"an SNR of {snr.min():g} cannot be had: Poisson counts have SNR 1 + mean, above 1")
     offset = background * clean.max((1, 2, 3))
     gain = (snr - 1) / (clean.mean((1, 2, 3), dtype=np.float64) + offset)
-    expected = gain[:, None, None, None] * (clean + offset[:, None, None, None])
+    expected = gain[:, None, None, None] * ((clean if placed is None else placed) + offset[:, None, None, None])
     return rng.poisson(expected).astype(np.float32), gain, gain * offset
 
 
 def multimodal(truth: np.ndarray, numbers: tuple[int, ...], elements: tuple[str, ...], *, pixel_size: float,
                haadf_angles: np.ndarray, chem_angles: np.ndarray, snr: dict[str, float], gamma: float = 1.6,
                background: float = 0.15, background_known: bool = True, weights: str = "z_gamma",
-               seed: int | list[int] = 0) -> MultiModal:
+               seed: int | list[int] = 0, place: Place | None = None,
+               fine: int = 1) -> MultiModal:
     """A HAADF series and chemical maps of `truth` (element, z, y, x), after F3 (Methods).
 
     HAADF is linear in sum (Z x)^gamma, taken per voxel, and Poisson distributed without background. An empty
     haadf_angles gives maps alone. snr: by element, and "haadf". background_known: whether the solver is told.
+    place: of misaligned series, which are as bright as they would be aligned, and have no truth; `truth` may then have
+    voxels of which so many, `fine`, lie along the edge of a pixel.
     """
     pixels = truth.shape[2]
-    maps, gain, offset = poisson_series(clean_projections(truth, chem_angles, pixels),
-                                        np.array([snr[e] for e in elements]), background,
-                                        np.random.default_rng([1, *np.atleast_1d(seed)]))
+    clean = clean_projections(truth, chem_angles, pixels) / np.float32(fine)
+    maps, gain, offset = poisson_series(clean, np.array([snr[e] for e in elements]), background,
+                                        np.random.default_rng([1, *np.atleast_1d(seed)]),
+                                        None if place is None else place(clean, chem_angles))
     chem = TiltSeries(maps, chem_angles, elements, pixel_size, "counts",
                       offset[:, None, None, None] if background_known else 0.0)
     haadf = None
     if len(haadf_angles):
         weight = np.asarray(numbers, np.float64) ** (gamma if weights == "z_gamma" else 1)
         scatter = np.tensordot(weight / weight.max(), truth.astype(np.float64) ** gamma, 1)[None]
-        images, *_ = poisson_series(clean_projections(scatter.astype(np.float32), haadf_angles, pixels),
-                                    np.array([snr["haadf"]]), 0.0, np.random.default_rng([2, *np.atleast_1d(seed)]))
+        clean = clean_projections(scatter.astype(np.float32), haadf_angles, pixels) / np.float32(fine)
+        images, *_ = poisson_series(clean, np.array([snr["haadf"]]), 0.0,
+                                    np.random.default_rng([2, *np.atleast_1d(seed)]),
+                                    None if place is None else place(clean, haadf_angles))
         haadf = TiltSeries(images, haadf_angles, ("HAADF",), pixel_size, "intensity",
                            noise=np.sqrt([images.mean()]))
+    if place is not None:
+        return MultiModal(chem, haadf, numbers, maps.shape[2:3] * 2 + maps.shape[3:], gain)
     return MultiModal(chem, haadf, numbers, truth.shape[1:], gain, truth)
 
 

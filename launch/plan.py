@@ -320,7 +320,7 @@ def memory_here(workers: int) -> tuple[int, str]:
 def warnings(plan: Plan) -> Iterator[str]:
     """What a user should know before the sweep runs, though it can."""
     data = plan.sweep.data
-    if isinstance(data, Measured) and data.chem.units != "counts":
+    if isinstance(data, Measured) and data.chem.units != "counts" and not data.alone:
         yield (f"warning: {plan.sweep.where('data.chem.units')}: maps in {data.chem.units} are compared by least "
                "squares, with one noise level per element; give counts and their background for Poisson statistics")
 

@@ -21,7 +21,7 @@ import numpy as np
 import zarr
 from zarr.errors import ZarrUserWarning
 
-from sweeps import arrays, flat, grid, settings, winners
+from sweeps import alignments, arrays, flat, grid, settings, winners
 from sweeps.arrays import Variables
 from sweeps.grid import Cell
 from sweeps.journal import SAFE, Clock, History, Journal, Row, RunError, plain
@@ -199,7 +199,7 @@ class Atlas:
             root.attrs.update({"name": self.sweep.name, "system": self.sweep.system, "version": version(),
                                "commit": commit(), "settings": json.dumps(settings.dump(self.sweep))})
             consolidate(path)
-        self.summary = summarise(self.sweep, self.cells, self.history)
+        self.summary = summarise(self.sweep, self.cells, self.history) | alignments.summary(self.folder.path)
         write_aside(self.folder.summary, json.dumps(plain(self.summary), indent=1))
         self._when = self._clock.monotonic()
         self._took = self._when - started

@@ -154,9 +154,10 @@ def unless(word: str) -> BeforeValidator:
 
 
 TAGS = ("<a number>", "<a word>", "<a list>", "<a mapping>", "<nothing>", "<Phantom>", "<Particle>", "<Measured>",
-        "<Scanned>", "<Recorded>", "<Fused3D>", "<Hebt>", "<Mset>", "<Mspt>")
-(NUMBER, WORD, LIST, MAPPING, NOTHING, PHANTOM, PARTICLE, MEASURED, SCANNED, RECORDED, FUSED3D, HEBT, MSET, MSPT) = map(
-    Tag, TAGS)
+        "<Scanned>", "<Recorded>", "<Fused3D>", "<Hebt>", "<Mset>", "<Mspt>", "<AlignBackground>", "<AlignMass>",
+        "<AlignLine>", "<AlignNeighbours>", "<AlignOutliers>", "<AlignMatch>", "<AlignMaps>")
+(NUMBER, WORD, LIST, MAPPING, NOTHING, PHANTOM, PARTICLE, MEASURED, SCANNED, RECORDED, FUSED3D, HEBT, MSET, MSPT,
+ *ALIGNING) = map(Tag, TAGS)
 BY_SHAPE = Discriminator(tag)
 PAIR = Field(min_length=2, max_length=2)
 

@@ -329,7 +329,7 @@ def slices(pictures: Sequence[Picture], tops: Mapping[str, float], voxel: float,
     turned = len(tops) * high > 2 * len(pictures) * wide
     rows, across = (len(pictures), len(tops)) if turned else (len(tops), len(pictures))
     width = 2.0 * min(1.6, max(0.5, (wide / high) ** 0.5))
-    size = (width * across + 1.0, (width * high / wide + 0.22) * rows + (1.2 if turned else 0.8))
+    size = (max(width * across + 1.0, 5.5), (width * high / wide + 0.22) * rows + (1.2 if turned else 0.8))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, across, squeeze=False)
     tiles = axes.T if turned else axes  # (element, picture)

@@ -140,7 +140,8 @@ def _cell(name: str, index: tuple[int, ...], coordinates: dict[str, Any], sweep:
         unused = set()
     if conventional(sweep) and method not in MAPS_ONLY:
         changes["solver.method"] = "eds" if sweep.system == "hebt" else "chem_tv"
-        fixed += [] if sweep.system == "hebt" else [dict(CONVENTIONAL)]
+        alone = isinstance(sweep.data, Measured) and sweep.data.alone
+        fixed += [] if sweep.system == "hebt" or alone else [dict(CONVENTIONAL)]
     # A range that nothing searches gives way to the field's default, which nothing feels either.
     defaults = {f"solver.{key}": field.default for key, field in type(sweep.solver).model_fields.items()}
     sweep = replace(sweep, changes | {key: defaults[key] for key in unused})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.measured import read_truth
-from sweeps import atomic, bimodal, crystalline, dose, grains, grid, halves, settings, stages, tables
+from sweeps import alignments, atomic, bimodal, crystalline, dose, grains, grid, halves, settings, stages, tables
 from sweeps.atlas import RunFolder, resolved
 from sweeps.grid import Cell
 from sweeps.journal import RunError
@@ -83,7 +83,7 @@ def table(folder: Path) -> str:
 
 def _text(run: Run) -> str:
     own = {"hebt": (bimodal.text,), "mset": (atomic.text,), "mspt": (atomic.text, crystalline.text)}
-    parts = (tables.table(run), dose.text(run), grains.text(run), halves.text(run),
+    parts = (tables.table(run), alignments.text(run.folder), dose.text(run), grains.text(run), halves.text(run),
              *(words(run) for words in own.get(run.sweep.system, ())))
     return "\n\n".join(part for part in parts if part)
 
@@ -115,6 +115,7 @@ def _figures(run: Run) -> Iterator[tuple[str, str, Figure]]:
             "Weighted terms of the cost of each cell's winner; smooth decay is a sign of a reliable result.",
             figures.convergence({_words(cell): _history(run, cell) for cell in cells}, _across(run)),
         )
+    yield from _aligned(run)
     yield from {"fused2d": _flat, "mset": _atoms, "mspt": _chain}.get(run.sweep.system, _solid)(run)
 
 
@@ -168,6 +169,16 @@ def _shares(solver: Hebt, elements: int) -> dict[str, float]:
     if solver.scaling == "plain":
         return {"eds": (1 - solver.alpha) ** 2, "haadf": solver.alpha**2}
     return {"eds": 1 - solver.alpha, "haadf": solver.alpha / elements}
+
+
+def _aligned(run: Run) -> Iterator[tuple[str, str, Figure]]:
+    """How the series of the run were aligned."""
+    from sweeps import alignment_figures
+
+    for k, each in enumerate(alignments.kept(run.folder), start=1):
+        words = (f"Alignment of {each.title}: sinograms, how far each image was moved, what the volume leaves of it "
+                 "unexplained, its turn, and volumes of every second image each. Crosses are what was planted.")
+        yield f"aligned-{k}", words, alignment_figures.drawn(each)
 
 
 def _flat(run: Run) -> Iterator[tuple[str, str, Figure]]:

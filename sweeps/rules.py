@@ -260,6 +260,12 @@ def _particles(given: Grains, names: tuple[str, ...]) -> Iterator[Problem]:
 
 def _phantom(data: Phantom, sweep: Sweep) -> Iterator[Problem]:
     solver = sweep.solver
+    for name in ("misalign", "align"):
+        if getattr(data, name) is not None and data.phantom in FLAT:
+            yield ("data", name), f"is for tilt series, and {data.phantom} is a single map"
+    for k, step in enumerate(data.align or []):
+        if step.stage == "maps":
+            yield ("data", "align", k), "stage maps is for measured data: simulated maps lie on their images already"
     seen = data.haadf_tilts and solver.method in HAADF_METHODS
     if data.gamma is None and isinstance(solver, Fused3D) and seen and isinstance(solver.gamma, Range):
         yield ("data", "gamma"), ("is needed where solver.gamma is searched, else each trial would simulate "
@@ -287,6 +293,11 @@ def _measured(data: Measured, sweep: Sweep) -> Iterator[Problem]:
     elif data.haadf_tilts:
         yield ("data", "haadf_tilts"), "there is no data.haadf to take images from"
     yield from _elements(data.chem.elements)
+    for k, step in enumerate(data.align or []):
+        if step.stage == "maps" and (data.haadf is None or data.haadf_tilts == 0):
+            yield ("data", "align", k), "stage maps needs data.haadf, on which the maps are to lie"
+        elif step.stage == "maps" and data.chem.candidates is not None:
+            yield ("data", "align", k), "stage maps cannot tell how the maps of data.chem.candidates lie; leave out one"
     if data.chem.candidates is not None:
         yield from _candidates(data.chem, sweep.system)
     if data.sensitivity is not None and data.sensitivity.keys() != data.chem.elements.keys():

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, Discriminator, Field, PrivateAttr, model_validator
 
 from engine.phantoms_hebt import COLLECTED, DOSE, HAADF_DOSE, SOLID_ANGLE
+from sweeps.alignment import Align, Misalign
 from sweeps.defaults import FLAT, FLAT_DATA, FLAT_SOLVER, SHARED_TRIALS, SNR
 from sweeps.fields import (
     BY_SHAPE,
@@ -68,6 +69,12 @@ class Phantom(Model):
     gamma: Annotated[float | None, AfterValidator(power)] = setting(
         None, "-", "power of Z x in the simulated HAADF; without it solver.gamma")
     replicate: int = setting(0, "-", "number of the noise realisation", ge=0)
+    misalign: Misalign | None = setting(
+        None, "pixels and degrees", "planted shifts and turn of a series; its images are wider by what they need",
+        examples=["{shift: 10.0, axis: 3.0, inplane: 2.0}"])
+    align: Align | None = setting(
+        None, "-", "stages that align the images, in order; maps move with them",
+        examples=["[{stage: centre_of_mass, axes: [y, x]}, match]"])
 
     @model_validator(mode="before")
     @classmethod

@@ -133,7 +133,7 @@ def _anchor(document: Document, path: Path | None) -> None:
         base = path.parent if path and not given_here else Path()
         search["atlas"] = str((base / Path(search["atlas"]).expanduser()).resolve())
     data = document.data.get("data")
-    if not isinstance(data, dict) or not data.keys() & {"chem", "scan"} or "phantom" in data:
+    if not isinstance(data, dict) or not data.keys() & {"chem", "haadf", "scan"} or "phantom" in data:
         return
     if isinstance(data.get("root", "."), str):
         given_here = document.place(("data", "root")).startswith("--set") and "root" in data

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
+from sweeps.alignment import Align
 from sweeps.fields import (
     BY_SHAPE,
     LIST,
@@ -147,6 +148,9 @@ class Truth(Model):
         ["element", "z", "y", "x"], "-", "the array's axes in its own order, of element, z, y, x")
 
 
+ALONE = 1  # an atomic number for what is none: images on their own are weighed by no power of it
+
+
 class Measured(Model):
     """Tilt series from files."""
 
@@ -164,6 +168,9 @@ class Measured(Model):
         None, "pixels", "y of the tilt axis in aligned, uncropped images; without it their centre",
         examples=["127.5"])
     binning: int = setting(1, "pixels", "pixels summed to one along x and y", ge=1)
+    align: Align | None = setting(
+        None, "-", "stages that align the images, in order, after their known shifts; maps move with them",
+        examples=["[background, cross_correlation, outliers, match]"])
     volume: Volume | None = setting(
         None, "voxels", "shape of the volume; without it as deep and wide as the images",
         examples=["{nz: 64, ny: 128, padding: 16}"])
@@ -174,3 +181,17 @@ class Measured(Model):
         None, "images", "use so many, as evenly spread as can be; 0: conventional tomography")
     chem_tilts: Annotated[int, Field(ge=1)] | None = setting(
         None, "maps", "use so many per element, as evenly spread as can be")
+
+    @property
+    def alone(self) -> bool:
+        """Whether the series of "maps" is one of images, which there are none beside."""
+        return self.haadf is None and [*self.chem.elements.values()] == [ALONE]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alone(cls, raw: Any) -> Any:
+        """A HAADF series without maps is reconstructed as the only map there is: of an element HAADF."""
+        if not isinstance(raw, dict) or "chem" in raw or not isinstance(raw.get("haadf"), dict):
+            return raw
+        series = {"units": "intensity", "elements": {"HAADF": ALONE}} | raw["haadf"]
+        return {name: value for name, value in raw.items() if name != "haadf"} | {"chem": series}

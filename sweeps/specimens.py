@@ -13,7 +13,7 @@ import numpy as np
 from engine import phantoms2d, phantoms_hebt, physics, signals, simulate
 from engine.data import MultiModal, TiltSeries
 from engine.phantoms import ELEMENTS
-from sweeps import fractions, stages
+from sweeps import aligned, fractions, stages
 from sweeps.schema import Fused3D, Particle, Phantom
 from sweeps.settings import Sweep, dump
 from sweeps.sources import Measured
@@ -23,7 +23,9 @@ def prepared(sweep: Sweep, folder: Path) -> MultiModal:
     """A cell's data: simulated or read once, then kept in memory and, simulated, under stages/."""
     data, given = sweep.data, inputs(sweep)
     if isinstance(data, Measured):
-        return recent("measured", given, lambda: stages.measured_data(data, flat=sweep.system == "fused2d"))
+        measured = data
+        return recent("measured", given, lambda: stages.measured_data(
+            measured, aligned.recordings(measured, folder), flat=sweep.system == "fused2d"))
     assert isinstance(data, Phantom | Particle)
     simulated = data
     return recent("simulated", given, lambda: _simulated(simulated, folder, given))
@@ -75,14 +77,19 @@ def _simulated(data: Phantom | Particle, folder: Path, given: dict[str, Any]) ->
     low, high = (0.0, 0.0) if flat else data.tilt_range
     haadf = simulate.spread((low, high), data.haadf_tilts)
     chem = simulate.chemical_angles((low, high), data.haadf_tilts, data.chem_tilts, data.chem_angles)
+    given = aligned.unaligned(given)
     seed = [given["seed"], data.replicate, zlib.crc32(stages.key("noise", given).encode())]
 
     def make() -> stages.Arrays:
         if isinstance(data, Particle):
             made = _measured(data, truth, pixel, chem, haadf, seed)
         else:
-            angles = {} if flat else {"haadf_angles": haadf, "chem_angles": chem}
-            made = _noisy(data, given, truth, pixel, angles, seed)
+            series: dict[str, Any] = {} if flat else {"haadf_angles": haadf, "chem_angles": chem}
+            specimen = truth
+            if data.misalign is not None:
+                series |= {"place": aligned.placed(data), "fine": aligned.FINE}
+                specimen = stages.truth(folder, data, aligned.FINE)
+            made = _noisy(data, given, specimen, pixel, series, seed)
         arrays = {"maps": made.chem.projections, "background": np.asarray(made.chem.background),
                   "sensitivity": np.asarray(made.sensitivity)}
         if made.haadf is not None:
@@ -95,19 +102,21 @@ def _simulated(data: Phantom | Particle, folder: Path, given: dict[str, Any]) ->
     if "images" in arrays:
         images = TiltSeries(arrays["images"], haadf, ("HAADF",), pixel,
                             "counts" if flat or isinstance(data, Particle) else "intensity", noise=arrays["noise"])
+    if isinstance(data, Phantom) and (data.misalign is not None or data.align is not None):
+        maps, images = aligned.simulated(data, folder, given, maps, images)
     return MultiModal(maps, images, tuple(elements.values()), truth.shape[1:], arrays["sensitivity"], truth)
 
 
-def _noisy(data: Phantom, given: dict[str, Any], truth: np.ndarray, pixel: float, angles: dict[str, Any],
+def _noisy(data: Phantom, given: dict[str, Any], truth: np.ndarray, pixel: float, series: dict[str, Any],
            seed: list[int]) -> MultiModal:
     """Counts of a given SNR."""
     elements = ELEMENTS[data.phantom]
     # snr.chem scales the mean counts, and so SNR - 1, of all elements together.
     snr = {element: 1 + data.snr["chem"] * (data.snr[element] - 1) for element in elements}
-    return (simulate.multimodal if angles else simulate.microscopy)(
+    return (simulate.multimodal if series else simulate.microscopy)(
         truth, tuple(elements.values()), tuple(elements), pixel_size=pixel, snr=snr | {"haadf": data.snr["haadf"]},
         gamma=given["gamma"], background=data.background, background_known=data.background_known,
-        weights=given["weights"], seed=seed, **angles)
+        weights=given["weights"], seed=seed, **series)
 
 
 def _measured(data: Particle, truth: np.ndarray, pixel: float, chem: np.ndarray, haadf: np.ndarray,

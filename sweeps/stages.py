@@ -19,7 +19,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from engine import measured, phantoms2d, phantoms_hebt, physics
+from engine import measured, phantoms2d, phantoms_hebt, physics, regions
 from engine.data import DataError, MultiModal, even_subset
 from engine.phantoms import FIELD_NM, phantom
 from sweeps.schema import Particle, Phantom
@@ -106,9 +106,17 @@ def _reserved(path: Path, wait: bool) -> Iterator[bool]:
             path.unlink(missing_ok=True)  # whoever waits for it finds the result, and whoever comes later, too
 
 
-def truth(folder: Path, data: Phantom | Particle) -> np.ndarray:
-    """The concentrations (element, z, y, x) of a simulated specimen; of a Particle in mol/cm^3."""
-    inputs: dict[str, Any] = {"phantom": data.phantom, "size": data.size}
+def kept(folder: Path, name: str) -> list[Arrays]:
+    """The arrays of every stage of a name that a run folder keeps."""
+    found = (_kept(path) for path in sorted((folder / "stages").glob(f"{name}-*.npz")))
+    return [arrays for arrays in found if arrays is not None]
+
+
+def truth(folder: Path, data: Phantom | Particle, fine: int = 1) -> np.ndarray:
+    """The concentrations (element, z, y, x) of a simulated specimen; of a Particle in mol/cm^3. fine: of a phantom in
+    3D, voxels along the edge of one."""
+    size = fine * data.size
+    inputs: dict[str, Any] = {"phantom": data.phantom, "size": size}
     if isinstance(data, Particle):
         inputs["planes"] = data.planes
 
@@ -118,7 +126,7 @@ def truth(folder: Path, data: Phantom | Particle) -> np.ndarray:
             return {"volume": phantoms_hebt.phantom(data.size, data.planes) / weight[:, None, None, None]}
         if data.phantom in phantoms2d.ELEMENTS:
             return {"volume": phantoms2d.phantom(data.phantom, data.size)}
-        return {"volume": phantom(data.phantom, (data.size,) * 3, FIELD_NM / data.size)}
+        return {"volume": phantom(data.phantom, (size,) * 3, FIELD_NM / size)}
 
     return stage(folder, "truth", inputs, make)["volume"]
 
@@ -163,8 +171,8 @@ def measured_data(data: Measured, opened: dict[str, measured.Recording] | None =
     """Measured series (`recordings` of `data`), aligned, cropped and binned to one grid. flat: of a single plane."""
     opened = opened or recordings(data)
     crop = None if data.crop is None else data.crop.model_dump()
-    chem, *haadf = measured.prepare(*opened.values(), pixel_size=data.pixel_size, crop=crop, binning=data.binning,
-                                    tilt_axis=data.tilt_axis)
+    chem, *haadf = regions.prepare(*opened.values(), pixel_size=data.pixel_size, crop=crop, binning=data.binning,
+                                    tilt_axis=None if data.align else data.tilt_axis)
     elements = data.chem.elements
     numbers = tuple(e if isinstance(e, int) else e.number for e in elements.values())
     ny, nx = chem.projections.shape[2:]
@@ -177,6 +185,30 @@ def measured_data(data: Measured, opened: dict[str, measured.Recording] | None =
     known = data.sensitivity
     sensitivity = None if known is None else np.array([known[e] for e in elements])
     return MultiModal(chem, haadf[0] if haadf else None, numbers, shape, sensitivity, truth)
+
+
+def align_inputs(data: Measured) -> dict[str, Any]:
+    """All that the alignment of a measured series follows from: the files as they are, too."""
+    source = data.haadf if data.haadf is not None and data.haadf_tilts != 0 else data.chem
+    given = data.model_dump(exclude_none=True)
+    names = ("root", "tilt_axis", "crop", "volume", "binning")
+    wanted: dict[str, Any] = {name: given[name] for name in names if name in given}
+    wanted["align"] = [step for step in given["align"] if step["stage"] != "maps"]
+    count = data.haadf_tilts if source is data.haadf else data.chem_tilts
+    return wanted | {"tilts": count} | file_inputs(data, source)
+
+
+def file_inputs(data: Measured, source: Source) -> dict[str, Any]:
+    """A source, and its file as it is."""
+    path = Path(data.root, source.path)
+    stat = path.stat() if path.exists() else None
+    given = source.model_dump(exclude_none=True, exclude={"beam"})
+    return {"source": given, "file": [stat.st_size, stat.st_mtime_ns] if stat else None}
+
+
+def align_inputs_simulated(data: Phantom, given: dict[str, Any]) -> dict[str, Any]:
+    """The same for a simulated series that follows from `given`, which does not say how it is aligned."""
+    return {"simulated": given, "align": data.model_dump(exclude_none=True)["align"]}
 
 
 def _recording(data: Measured, source: Source, count: int | None) -> measured.Recording:

@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 
 from engine import simulate
+from engine.align import Alignment
 from engine.data import MultiModal, TiltSeries
+from engine.euler import matrix
 from engine.phantoms import ELEMENTS, FIELD_NM, phantom
 
 CHEM_SNR, HAADF_SNR = 2.5, 2208.67  # as in F3, with one level for all elements
@@ -49,3 +51,16 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     """|a - b| / |b|, in double precision."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def blobs(alignment: Alignment, angles: np.ndarray, places: np.ndarray, heights: np.ndarray, size: int = 48,
+          sigma: float = 1.5) -> np.ndarray:
+    """Images (tilt, y, x) of Gaussian blobs at places (blob, z y x) [pixel] that lie as an alignment says: integrals
+    along the beam, without any volume."""
+    axis, images = np.arange(size) - (size - 1) / 2, []
+    for t, angle in enumerate(angles):
+        turn = matrix([alignment.inplane[t], 0, 0]) @ matrix([0, alignment.azimuth[t], 0])
+        seen = (places @ (turn @ matrix([0, 0, angle + alignment.tilt[t]])).T)[:, 1:] + alignment.shifts[t]
+        y, x = (np.exp(-((axis - seen[:, [k]]) ** 2) / (2 * sigma**2)) for k in (0, 1))
+        images.append(np.einsum("k,ky,kx->yx", heights, y, x))
+    return np.array(images, np.float32) * np.float32(sigma * np.sqrt(2 * np.pi))

@@ -128,7 +128,8 @@ def test_check_of_measured_data_names_the_file_that_is_missing(tmp_path):
     assert str(tmp_path / "maps.npz") in err or str(tmp_path / "haadf.mrc") in err
 
 
-@pytest.mark.parametrize("name", sorted(set(resources.configs()) - {"idp", "fused2d_measured", "hebt_idp"}))
+@pytest.mark.parametrize("name", sorted(set(resources.configs()) - {"idp", "idp_aligned", "needle", "fused2d_measured",
+                                                           "hebt_idp"}))
 def test_shipped_sweeps_pass_check_which_counts_cells_and_trials(name):
     code, out, err = told("check", name, "--memory", 80)
     assert (code, err) == (0, "")

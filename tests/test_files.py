@@ -12,7 +12,8 @@ import pytest
 
 from engine.data import DataError
 from engine.files import open_file, read_array
-from engine.measured import Recording, prepare, read_angles, read_series, read_truth
+from engine.measured import Recording, read_angles, read_series, read_truth
+from engine.regions import prepare
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 ANGLES = [-40.0, -20.0, 0.0, 20.0, 40.0]
@@ -306,7 +307,8 @@ def test_dust_particle_as_its_yaml_reads_it() -> None:
 
     root = folder("idp_haadf_edx")
     data = load(Path(__file__).parents[1] / "configs" / "idp.yaml", [f"data.root={root}"]).data
-    read = [read_series(**source.model_dump(exclude={"candidates"}), root=root) for source in (data.haadf, data.chem)]
+    given = [source.model_dump(exclude={"candidates", "beam"}) for source in (data.haadf, data.chem)]
+    read = [read_series(**each, root=root) for each in given]
     haadf, maps = prepare(*read, pixel_size=data.pixel_size, crop=data.crop.model_dump(),
                           binning=data.binning, tilt_axis=data.tilt_axis)
     assert haadf.tilts == maps.tilts == 16 and {"Fe", "Mg", "Si", "O", "S"} <= set(maps.elements)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import hebt, measured, metrics, phantoms_hebt, physics, quantify, responses, signals
+from engine import hebt, measured, metrics, phantoms_hebt, physics, quantify, regions, responses, signals
 from engine.data import DataError, DataWarning, MultiModal
 from engine.hebt import Settings, reconstruct, reconstruct_batch
 from launch import devices
@@ -333,9 +333,9 @@ def test_the_measured_particle_is_not_the_sum_of_its_minerals():
     from sweeps.settings import load
 
     given = load(ROOT / "configs" / "idp.yaml", [f"data.root={root}"]).data
-    read = [measured.read_series(**source.model_dump(exclude={"candidates"}), root=root)
+    read = [measured.read_series(**source.model_dump(exclude={"candidates", "beam"}), root=root)
             for source in (given.haadf, given.chem)]
-    haadf, chem = measured.prepare(*read, pixel_size=given.pixel_size, crop=given.crop.model_dump(),
+    haadf, chem = regions.prepare(*read, pixel_size=given.pixel_size, crop=given.crop.model_dump(),
                                    binning=given.binning, tilt_axis=given.tilt_axis)
     whole = MultiModal(chem, haadf, tuple(map(physics.atomic_number, chem.elements)), (24, 56, 48))
 

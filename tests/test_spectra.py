@@ -7,7 +7,8 @@ import pytest
 
 from engine import spectra
 from engine.data import DataError
-from engine.measured import prepare, read_series
+from engine.measured import read_series
+from engine.regions import prepare
 from tests.test_files import DATA
 
 ENERGIES = 0.05 + 0.01 * np.arange(400)  # keV

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("engine", "sweeps", "launch")
 # And everything in engine.
-WITH_JAX = {"sweeps.trial", "sweeps.specimens", "sweeps.scores", "sweeps.scanned", "sweeps.sequential"}
+WITH_JAX = {"sweeps.trial", "sweeps.specimens", "sweeps.scores", "sweeps.scanned", "sweeps.sequential",
+            "sweeps.aligned"}
 SOURCES = sorted(path for room in (*ROOMS, "tests") for path in (ROOT / room).glob("*.py"))
 PRODUCT = [path for path in SOURCES if path.parent.name != "tests"]
 
