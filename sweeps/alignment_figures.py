@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from sweeps.alignments import Alignment
 
 COLOURS = ("#0072B2", "#D55E00")
+LEAST = 0.2  # [deg] that the panel of turns spans: less is nothing, and no trend
 
 
 def drawn(each: Alignment) -> Figure:
@@ -30,6 +31,9 @@ def drawn(each: Alignment) -> Figure:
     axes[1, 0].set_ylabel("residual of an image")
     axes[1, 1].plot(angles, found["inplane"][order], ".-", lw=1, color=COLOURS[0])
     axes[1, 1].set_ylabel("turn about the beam [degrees]")
+    low, high = axes[1, 1].get_ylim()
+    spread = max(high - low, LEAST)
+    axes[1, 1].set_ylim((low + high - spread) / 2, (low + high + spread) / 2)
     halves = each.halves
     axes[1, 2].plot(halves.frequency, halves.correlation, lw=1.2, color=COLOURS[0], label="two half sets")
     axes[1, 2].plot(halves.frequency, halves.threshold(), "--", lw=0.8, color="0.5", label="0.143")
