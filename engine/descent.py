@@ -164,7 +164,7 @@ def _lipschitz(problem: Problem, x: jax.Array, gain: jax.Array, signal: jax.Arra
     def hessian(v: jax.Array) -> jax.Array:
         images = seen * model.project_images(problem, (slope * v).sum(0))
         maps = weight * project(v, problem.map_rays, problem.maps.shape[-2])
-        chem = problem.sensitivity**2 * backproject(maps, problem.map_rays, *x.shape[1:3])
+        chem = model.backproject_twice(problem, maps)
         back = slope * model.backproject_images(problem, images)
         return model.image_precision(problem, gain) * back + problem.lambda_chem * chem
 

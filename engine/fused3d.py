@@ -19,6 +19,7 @@ A solve starts from the volume and the duals of one at half the resolution (`eng
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import coupling, descent, model, pyramid, sharding, uncertainty3d
+from engine import coupling, descent, model, pyramid, responses, sharding, uncertainty3d
 from engine.data import DataError, MultiModal, Solution
 from engine.iterate import Keep, Outcome, outcomes, settled, solve
 from engine.model import GAIN_STEPS, Problem
@@ -56,6 +57,8 @@ TRUST = 0.95  # by which caution fades in each iteration
 class Settings:
     """Numbers of one solve; see the YAML's `solver` for units and meaning. `inner`: TV steps per iteration.
 
+    tilts: whether the maps' brightness is taken to differ between the tilts, since the holder hides the detector at
+    some, and how it is found (`responses.tilt_factors`); the factors are then a field of the solution.
     errors: the standard error of every voxel (`engine.uncertainty3d`), from so many random probes; ML and SIRT, which
     stop short of a minimum, have none.
     """
@@ -74,6 +77,7 @@ class Settings:
     devices: int = 1
     errors: Literal["sandwich", "none"] = "none"
     error_probes: int = 16
+    tilts: Literal["as_measured", "equal", "haadf"] = "as_measured"
 
 
 class Metric(NamedTuple):
@@ -135,10 +139,11 @@ def reconstruct_batch(data: MultiModal, settings: Sequence[Settings], *, checkpo
         raise ValueError(f"settings of one batch may differ in {', '.join(BATCHED)} alone")
     if first.method in ("fused", "plain", "fista") and data.haadf is None:
         raise DataError(f"method {first.method} needs HAADF images; without them use chem_tv, ml or sirt")
+    factors = _factors(data, first.tilts)
     slabs, counts = _slabs(first.devices, data.shape[2]), data.chem.units == "counts"
     problems = [model.build(data, gamma=each.gamma, lambda_model=each.lambda_model, lambda_chem=each.lambda_chem,
                             lambda_tv=each.lambda_tv, weights=each.weights, inner=each.inner, held_out=held_out,
-                            devices=slabs) for each in settings]
+                            devices=slabs, factors=factors) for each in settings]
     problem, axes = (problems[0], None) if len(problems) == 1 else (_stacked(problems, int(slabs > 1)), _AXES)
     fused: tuple[Callable, Callable, Callable] = (starter(counts, first.dual_bits), _STEP[counts], best_volume)
     begin, advance, extract = fused if first.method == "fused" else descent.solver(first.method, counts)
@@ -156,14 +161,30 @@ def reconstruct_batch(data: MultiModal, settings: Sequence[Settings], *, checkpo
         begun = sharding.spread(_batched(begin, axes), slabs)(problem)
     run = solve(advance, problem, begun, first.iterations, devices=slabs, axes=axes, tolerance=tolerance,
                 checkpoints=checkpoints, observe=observed, keep=keep)
-    sensitivity = np.asarray(sharding.one(problem.sensitivity, slabs)).ravel()
+    fields = {} if factors is None else {"tilt_factors": factors}
+    first_tilt = 1.0 if factors is None else factors[:, 0]
+    sensitivity = np.asarray(sharding.one(problem.sensitivity, slabs))[:, 0].ravel() * first_tilt
     fitted = {f"sensitivity_{e}": float(s) for e, s in zip(data.chem.elements, sensitivity)}
-    solutions = [_solution(outcome, sharding.join(extract(outcome.state), slabs, data.shape[2]), fitted, slabs)
-                 for outcome in outcomes(run, slabs, tolerance)]
+    solutions = [replace(_solution(outcome, sharding.join(extract(outcome.state), slabs, data.shape[2]), fitted, slabs),
+                         fields=fields) for outcome in outcomes(run, slabs, tolerance)]
     del run, begun  # their memory
     if first.errors == "none" or first.method in ("ml", "sirt"):
         return solutions
     return [_with_errors(*each, first, data, slabs) if each[0].ok else each[0] for each in zip(solutions, problems)]
+
+
+_kept: deque[tuple[MultiModal, str, np.ndarray]] = deque(maxlen=6)
+
+
+def _factors(data: MultiModal, how: str) -> np.ndarray | None:
+    """`responses.tilt_factors`; the same object each time, by which `model.build` knows what is on the devices."""
+    if how == "as_measured":
+        return None
+    for known, asked, factors in _kept:
+        if known is data and asked == how:
+            return factors
+    _kept.append((data, how, responses.tilt_factors(data, how)))
+    return _kept[-1][2]
 
 
 def _with_errors(solution: Solution, problem: Problem, settings: Settings, data: MultiModal, slabs: int) -> Solution:

@@ -43,7 +43,7 @@ class Problem(NamedTuple):
     background: jax.Array  # broadcastable to maps
     map_weight: jax.Array  # (element, 1, 1, 1), 1 / variance for least squares, 1 for counts
     map_rays: Geometry
-    sensitivity: jax.Array  # (element, 1, 1, 1)
+    sensitivity: jax.Array  # (element, 1, 1, 1), or (element, tilt, 1, 1) where the detector was in shadow
     contrast: jax.Array  # (element, 1, 1, 1), c_i
     start: jax.Array  # (element, z, y, x)
     gamma: jax.Array
@@ -63,8 +63,10 @@ class Chemistry(NamedTuple):
 
 
 def build(data: MultiModal, *, gamma: float, lambda_model: float, lambda_chem: float, lambda_tv: float,
-          weights: str, inner: int, held_out: tuple[int, ...] = (), devices: int = 1) -> Problem:
-    """Data and weights as device arrays. held_out: indices of chemical tilts that are left out of the fit.
+          weights: str, inner: int, held_out: tuple[int, ...] = (), devices: int = 1,
+          factors: np.ndarray | None = None) -> Problem:
+    """Data and weights as device arrays. held_out: indices of chemical tilts that are left out of the fit. factors:
+    (element, tilt) by which the maps' signal would have to be multiplied to be as bright at each tilt.
 
     weights: the images are linear in (Z x)^gamma (z_gamma), in Z^gamma x (z_gamma_linear) or in Z x^gamma (z).
 
@@ -72,7 +74,7 @@ def build(data: MultiModal, *, gamma: float, lambda_model: float, lambda_chem: f
     fitted to the images by non-negative least squares (a floor of 1e-3 of the largest keeps every element coupled).
     devices: slabs the problem is cut into; with two or more every array has a leading axis of slabs.
     """
-    base = _based(data, held_out, devices)
+    base = _based(data, held_out, devices, factors)
     numbers = np.asarray(data.numbers, np.float64)
     contrast = numbers ** (1.0 if weights == "z" else gamma)
     power = 1.0 if weights == "z_gamma_linear" else gamma
@@ -87,20 +89,20 @@ def build(data: MultiModal, *, gamma: float, lambda_model: float, lambda_chem: f
         name: _alike(np.asarray(value, np.float32), devices) for name, value in scalars.items()})
 
 
-def _based(data: MultiModal, held_out: tuple[int, ...], devices: int) -> Problem:
+def _based(data: MultiModal, held_out: tuple[int, ...], devices: int, factors: np.ndarray | None) -> Problem:
     """What trials of one cell share, kept on the device: for held-out maps, some sets of them."""
-    for kept, *key, problem in _kept:
-        if kept is data and key == [held_out, devices]:
+    for kept, lit, *key, problem in _kept:
+        if kept is data and lit is factors and key == [held_out, devices]:
             return problem
-    problem = _base(data, held_out, devices)
-    _kept.append((data, held_out, devices, problem))
+    problem = _base(data, held_out, devices, factors)
+    _kept.append((data, factors, held_out, devices, problem))
     return problem
 
 
-_kept: deque[tuple[MultiModal, tuple[int, ...], int, Problem]] = deque(maxlen=6)
+_kept: deque[tuple[MultiModal, np.ndarray | None, tuple[int, ...], int, Problem]] = deque(maxlen=6)
 
 
-def _base(data: MultiModal, held_out: tuple[int, ...], devices: int) -> Problem:
+def _base(data: MultiModal, held_out: tuple[int, ...], devices: int, factors: np.ndarray | None) -> Problem:
     """Data, sensitivities and the start; numbers that the settings decide are 1."""
     chem = data.chem
     size = bucket(chem.tilts)
@@ -120,11 +122,13 @@ def _base(data: MultiModal, held_out: tuple[int, ...], devices: int) -> Problem:
     level = (slabs if background.shape[-1] > 1 else alike)(background)
     maps = slabs(_pad_tilts(chem.projections, size))
     rays, planes = alike(map_rays._replace(weight=jnp.asarray(kept))), alike(np.int32(data.shape[2]))
-    sensitivity = column(1.0 if data.sensitivity is None else data.sensitivity)
+    lit = np.float32(1) if factors is None else _pad_tilts(
+        (1 / np.asarray(factors))[..., None, None].astype(np.float32), size)
+    sensitivity = lit * column(1.0 if data.sensitivity is None else data.sensitivity)
     start = sharding.spread(_starter(data.shape[:2]), devices)(maps, level, alike(sensitivity), rays, planes)
     if data.sensitivity is None:
-        sensitivity = np.maximum(_peak(sharding.join(start, devices, data.shape[2])), 1e-12).astype(np.float32)
-        start = start / alike(sensitivity)
+        peak = np.maximum(_peak(sharding.join(start, devices, data.shape[2])), 1e-12).astype(np.float32)
+        sensitivity, start = lit * peak, start / alike(peak)
     images, noise, image_rays = _images(data.haadf, chem.projections.shape[2:])
     one = alike(np.float32(1))
     return Problem(
@@ -178,6 +182,21 @@ def backproject_maps(problem: Problem, maps: jax.Array) -> jax.Array:
     return backproject(problem.sensitivity * maps, problem.map_rays, *problem.start.shape[1:3])
 
 
+def backproject_twice(problem: Problem, maps: jax.Array) -> jax.Array:
+    """s^2 A_c' of (element, tilt, y, x): (element, z, y, x)."""
+    squared, shape = problem.sensitivity**2, problem.start.shape[1:3]
+    if squared.shape[1] == 1:  # less to read where it is one number
+        return squared * backproject(maps, problem.map_rays, *shape)
+    return backproject(squared * maps, problem.map_rays, *shape)
+
+
+def relative(sensitivity: jax.Array) -> jax.Array:
+    """What of its brightest tilt the detector saw at each: (element, tilt, 1, 1); 1 where it saw the same at all."""
+    if sensitivity.shape[1] == 1:
+        return jnp.ones((1, 1, 1, 1))
+    return sensitivity / sensitivity.max(1, keepdims=True)
+
+
 def cost_terms(problem: Problem, x: jax.Array, projected: jax.Array | None, chem: jax.Array,
                gain: jax.Array) -> jax.Array:
     """The three terms of F3 Eq. 1 at weight 1, and their weighted sum: (4,).
@@ -209,7 +228,7 @@ def chemical_curvature(problem: Problem, signal: jax.Array, counts: bool) -> jax
     x = problem.start
     path = map_seen(problem) * project(jnp.ones_like(x[:1]), problem.map_rays, problem.maps.shape[-2])
     weight = map_precision(problem, signal + problem.background, counts)
-    bound = problem.sensitivity**2 * backproject(weight * path, problem.map_rays, *x.shape[1:3])
+    bound = backproject_twice(problem, weight * path)
     # Voxels that few rays cross would take steps without limit.
     return jnp.maximum(bound, 1e-2 * sharding.largest(bound.max((1, 2, 3), keepdims=True)))
 
@@ -272,9 +291,9 @@ def em_start(maps: jax.Array, background: jax.Array, sensitivity: jax.Array, ray
     counts = jnp.maximum(maps, 0)
     exist = rays.weight[:, None, None] * sharding.present(planes, maps.shape[-1])
     ones = jnp.ones((1, *counts.shape[1:])) * exist
-    seen = backproject(ones, rays, *shape)
+    seen = backproject(relative(sensitivity) * ones, rays, *shape)
     mean = sharding.total(((counts - background) * ones).sum((1, 2, 3), keepdims=True)) / (
-        sensitivity * sharding.total(seen.sum()))
+        sensitivity.max(1, keepdims=True) * sharding.total(seen.sum((1, 2, 3), keepdims=True)))
     x = jnp.ones((maps.shape[0], *shape, maps.shape[-1])) * jnp.maximum(mean, 1e-6)
     seen = jnp.maximum(seen, 1e-3)
     return jax.lax.fori_loop(0, steps, lambda _, x: em_step(counts, background, sensitivity, rays, seen, x), x)
@@ -282,15 +301,17 @@ def em_start(maps: jax.Array, background: jax.Array, sensitivity: jax.Array, ray
 
 def em_step(counts: jax.Array, background: jax.Array, sensitivity: jax.Array, rays: Geometry, seen: jax.Array,
             x: jax.Array) -> jax.Array:
-    """x A'(b / (s A x + background)) / seen, seen = A' 1: expectation maximisation (L. Shepp, Y. Vardi, 1982)."""
+    """x A'(r b / (s A x + background)) / seen, seen = A' r, r = `relative(s)`: expectation maximisation (L. Shepp, Y.
+    Vardi, 1982)."""
     expected = sensitivity * project(x, rays, counts.shape[-2]) + background
-    return x * backproject(counts / (expected + 1e-6), rays, *x.shape[1:3]) / seen
+    return x * backproject(relative(sensitivity) * (counts / (expected + 1e-6)), rays, *x.shape[1:3]) / seen
 
 
 def seen(problem: Problem) -> jax.Array:
-    """A' 1 of the maps: how much each voxel is seen, (1, z, y, x)."""
+    """A' r of the maps: how much each voxel is seen, (1 or element, z, y, x)."""
     nz, ny = problem.start.shape[1:3]
-    return backproject(jnp.ones_like(problem.maps[:1]), problem.map_rays, nz, ny)
+    ones = relative(problem.sensitivity) * jnp.ones_like(problem.maps[:1])
+    return backproject(ones, problem.map_rays, nz, ny)
 
 
 def fit_contrast(images: np.ndarray, parts: np.ndarray) -> np.ndarray:

@@ -137,6 +137,9 @@ class Fused3D(Model):
         32, "bits", "fused: of the numbers of TV's dual; 16 move fewer bytes on a GPU")
     devices: int = setting(
         1, "devices", "GPUs, or parts of a CPU, that share one reconstruction, each a slab along x", ge=1)
+    tilts: Literal["as_measured", "equal", "haadf"] = setting(
+        "as_measured", "-", "brightness of the maps, which the holder shadows at some tilts; equal: one total, haadf: "
+        "what HAADF shows")
     missing: list[Annotated[int, Field(ge=1, le=118)]] = setting(
         [], "-", "fused2d: atomic numbers of elements that the specimen has and the maps have not")
     errors: Literal["sandwich", "paper", "none"] = setting(
