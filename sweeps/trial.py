@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from engine import fused3d, heldout, metrics, programs
+from engine import fused3d, heldout, metrics, programs, responses
 from engine.data import DataError, DataWarning, MultiModal, Solution
 from engine.halves import correlations
 from engine.iterate import Keep
 from engine.sizes import bucket
 from sweeps import halves, needs, scanned, sequential, stages
-from sweeps.grid import STOPPED
+from sweeps.grid import STOPPED, maps_alone
 from sweeps.patterns import OF_PATTERNS
 from sweeps.rules import elements
 from sweeps.scores import SYSTEMS, Judge, Score, sensitivities
@@ -131,6 +131,8 @@ def _evaluate(sweeps: Sequence[Sweep], folder: Path, batch: str) -> list[tuple[S
     more = {"candidates": candidates(sweep, folder)} if sweep.system == "hebt" else {}
     chosen, record = [solver_settings(each) for each in sweeps], sweep.solver.record
     judge = Judge(sweep, data)
+    if sweep.system == "fused3d" and not maps_alone(sweep):
+        responses.check(data)
     keep = Keep(folder / "partial" / f"{batch}.npz", stages.key("solve", {"data": inputs(sweep), "solver": chosen}))
     solutions = SYSTEMS[sweep.system].reconstruct_batch(
         data, chosen, checkpoints=record, keep=None if record else keep,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engine import descent, fused3d, iterate, metrics, model, sharding
-from engine.data import DataError
+from engine import descent, fused3d, iterate, metrics, model, responses, sharding
+from engine.data import DataError, DataWarning
 from engine.fused3d import Settings, predict, reconstruct
 from tests.specimens import as_net_counts, distance, flipped, simulated, with_images, with_maps
 
@@ -401,3 +401,18 @@ def test_duals_of_16_bits_find_the_same_volume():
     scores = [float(metrics.nrmse_elements(solution.volume, data.truth).mean()) for solution in found]
     assert 0 < distance(found[1].volume, found[0].volume) < 0.01
     assert scores[1] == pytest.approx(scores[0], rel=2e-3)
+
+
+def test_images_that_maps_do_not_make_up_are_told_of_once_for_all_trials(monkeypatch):
+    """A specimen so thick that its contrast turns over; the fit, which takes long, is made once."""
+    data = simulated(24, 17, 9, snr=5.0)
+    responses.check(data)  # no warning: they would be errors here
+    images = data.haadf.projections
+    thick, fits = with_images(data, projections=images * np.exp(-6 * images / images.max())), []
+    fit = responses.fit
+    monkeypatch.setattr(responses, "fit", lambda given: fits.append(given) or fit(given))
+    for _ in range(2):
+        with pytest.warns(DataWarning, match=r"HAADF is not a weighted sum of the maps of Co, Cu, O, Au: R\^2 is 0"):
+            responses.check(thick)
+    assert len(fits) == 1
+    responses.check(replace(data, haadf=None))
