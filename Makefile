@@ -17,7 +17,7 @@ run: .venv/run.stamp
 	$(BIN)/mpiexec -n 3 $(BIN)/tomoatlas run configs/quickstart.yaml
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -n 2 $(PYTEST)
+	$(BIN)/python -m pytest -n 3 --dist worksteal $(PYTEST)
 
 # Where there can be no Slurm it says why, and fails only with REQUIRED=yes.
 test-slurm: .venv/dev.stamp

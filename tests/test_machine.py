@@ -12,7 +12,7 @@ from launch import simulate
 from launch.advisers import SideAdvisers
 from launch.simulate import Outcome
 from launch.simulated import Clock, Landscape, Ledger, Machine, SimulatedWorkers
-from sweeps import grid, journal
+from sweeps import coordinator, grid, journal
 from sweeps.coordinator import POLL
 from sweeps.journal import RunError
 from sweeps.optimizer import Optimizer
@@ -87,9 +87,10 @@ def test_a_large_crew_is_not_made_to_wait_for_its_first_trials(tmp_path, monkeyp
         return poll(crew, timeout)
 
     monkeypatch.setattr(SimulatedWorkers, "poll", watched)
-    chosen = sweep(15, axes={"chem_tilts": list(range(3, 43))}, initial=15)
-    simulated(tmp_path, Machine(600, spread=0.0), chosen)
-    assert waits[:3] == [(0.0, True), (0.0, True), (POLL, False)]  # 256, 512, 600 at work
+    monkeypatch.setattr(coordinator, "GROUP", 32)
+    chosen = sweep(15, axes={"chem_tilts": list(range(3, 8))}, initial=15)
+    simulated(tmp_path, Machine(75, spread=0.0), chosen)
+    assert waits[:3] == [(0.0, True), (0.0, True), (POLL, False)]  # 32, 64, 75 at work
 
 
 def test_what_dies_with_its_node_is_done_again(tmp_path):
