@@ -214,6 +214,9 @@ def _solid(run: Run) -> Iterator[tuple[str, str, Figure]]:
     truth = _truth(run, chosen[-1].sweep, elements, shape[1:])
     yield from _slices(run, kept, chosen, truth)
     shown = ({} if truth is None else {"truth": truth}) | {_caption(run, chosen[-1]): best["volume"][:]}
+    if len(elements) > 1:
+        yield ("overlay", "Central planes, the colours of the elements added up; the best cell.",
+               shape_figures.overlay(shown, elements, float(np.min(best.attrs["voxel_nm"]))))
     yield ("surfaces", "Where each element's concentration crosses half of what it reaches; the best cell.",
            shape_figures.surfaces(shown, elements, float(np.min(best.attrs["voxel_nm"]))))
     if "field_fsc" in best:

@@ -6,18 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import LightSource
+from matplotlib.colors import LightSource, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from skimage.measure import marching_cubes
 from skimage.transform import downscale_local_mean
+
+from sweeps.figures import scale_bar
 
 FINE = 40  # voxels along an edge at most: finer triangles are smaller than a pixel, and take matplotlib long
 REACHED = 99.9  # percentile of a volume that counts as what it reaches
 LIGHT = LightSource(azdeg=225, altdeg=50)
 VIEW = (22, -58)  # elevation and azimuth [deg]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+
+PLANES = {"y up, x across": 1, "z up, x across": 2, "z up, y across": 3}  # and the axis across the plane
 
 Mesh = tuple[np.ndarray, np.ndarray]
 
@@ -67,6 +72,28 @@ def _box(ax: Any, half: np.ndarray) -> None:
         axis.labelpad = -8
     ax.set_box_aspect(tuple(half))  # a copy: it is scaled in place
     ax.view_init(*VIEW)
+
+
+def overlay(volumes: Mapping[str, np.ndarray], elements: Sequence[str], voxel: float) -> Figure:
+    """A row per volume (element, z, y, x), by title: its three central planes, the elements' colours added up."""
+    ratio = max(volume.shape[1] / volume.shape[2] for volume in volumes.values())
+    figure = Figure(figsize=(8.6, 2.8 * len(volumes) * max(1.0, ratio) + 0.5), layout="constrained")
+    axes = figure.subplots(len(volumes), len(PLANES), squeeze=False)
+    for row, (title, volume) in zip(axes, volumes.items(), strict=True):
+        tops = np.percentile(volume, REACHED, axis=(1, 2, 3), keepdims=True)
+        shares = np.clip(volume / np.where(tops > 0, tops, 1), 0, 1)
+        for ax, (words, axis) in zip(row, PLANES.items(), strict=True):
+            plane = np.take(shares, shares.shape[axis] // 2, axis)
+            mixed = np.tensordot(np.moveaxis(plane, 0, -1), [to_rgb(COLOURS[k % len(COLOURS)]) for k in
+                                                             range(len(elements))], 1)
+            ax.imshow(np.clip(mixed, 0, 1), origin="lower", interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(words, fontsize=8)
+            scale_bar(ax, plane.shape[2], plane.shape[1], voxel)
+        row[0].set_ylabel(title, fontsize=8)
+    marks = [Patch(color=COLOURS[k % len(COLOURS)], label=element) for k, element in enumerate(elements)]
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=8, frameon=False)
+    return figure
 
 
 def grains(table: np.ndarray, profile: np.ndarray | None, elements: Sequence[str]) -> Figure:

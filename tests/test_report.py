@@ -160,6 +160,7 @@ def test_report_draws_all_figures_and_one_page_that_needs_no_other_file(written,
         "convergence.png",
         "slices-xy.png",
         "slices-yz.png",
+        "overlay.png",
         "surfaces.png",
     ]
     for path in written[1:]:
@@ -167,7 +168,7 @@ def test_report_draws_all_figures_and_one_page_that_needs_no_other_file(written,
         assert min(image.shape[:2]) > 300
         assert image[..., :3].std() > 0.02, f"{path.name} is blank"
     page = written[0].read_text()
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 7
     assert 'src="data' in page and "http" not in page
     assert "lambda_tv" in page and "haadf_tilts=47,chem_tilts=9" in page
     assert not list(Path(folder).glob("*.partial"))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 from sweeps import shape_figures
 
@@ -44,3 +45,18 @@ def test_a_panel_for_each_element_and_all_of_them_of_each_volume():
     assert [len(ax.collections) for ax in figure.axes] == [1, 0, 1, 1, 1, 2]
     assert figure.axes[0].get_xlim() == (-4.0, 4.0)
     assert len(shape_figures.surfaces({"one": ball(n=16)[None]}, ("Co",), VOXEL).axes) == 1
+
+
+def test_an_overlay_adds_the_colours_of_the_elements_that_are_there():
+    """One element in one half of x, the other in the upper half of z, so that one quarter has both colours."""
+    volume = np.zeros((2, 8, 10, 12))
+    volume[0, :, :, 6:], volume[1, 4:] = 2.0, 0.5
+    figure = shape_figures.overlay({"found": volume}, ("Co", "O"), VOXEL)
+    images = [ax.images[0].get_array() for ax in figure.axes]
+    assert [image.shape for image in images] == [(10, 12, 3), (8, 12, 3), (8, 10, 3)]
+    first, second = (np.array(to_rgb(colour)) for colour in shape_figures.COLOURS[:2])
+    across = images[1]  # z up, x across
+    np.testing.assert_allclose(across[0, 0], 0)
+    np.testing.assert_allclose(across[0, -1], first, atol=1e-6)
+    np.testing.assert_allclose(across[-1, 0], second, atol=1e-6)
+    np.testing.assert_allclose(across[-1, -1], np.clip(first + second, 0, 1), atol=1e-6)
