@@ -215,7 +215,7 @@ def _solid(run: Run) -> Iterator[tuple[str, str, Figure]]:
     yield from _slices(run, kept, chosen, truth)
     shown = ({} if truth is None else {"truth": truth}) | {_caption(run, chosen[-1]): best["volume"][:]}
     if len(elements) > 1:
-        yield ("overlay", "Central planes, the colours of the elements added up; the best cell.",
+        yield ("overlay", "Central planes, the colours of the elements mixed; the best cell.",
                shape_figures.overlay(shown, elements, float(np.min(best.attrs["voxel_nm"]))))
     yield ("surfaces", "Where each element's concentration crosses half of what it reaches; the best cell.",
            shape_figures.surfaces(shown, elements, float(np.min(best.attrs["voxel_nm"]))))

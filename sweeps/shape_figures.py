@@ -17,6 +17,7 @@ from skimage.transform import downscale_local_mean
 from sweeps.figures import scale_bar
 
 FINE = 40  # voxels along an edge at most: finer triangles are smaller than a pixel, and take matplotlib long
+WIDE = 5  # panels side by side
 REACHED = 99.9  # percentile of a volume that counts as what it reaches
 LIGHT = LightSource(azdeg=225, altdeg=50)
 VIEW = (22, -58)  # elevation and azimuth [deg]
@@ -42,11 +43,16 @@ def surface(volume: np.ndarray, voxel: float) -> Mesh | None:
 
 
 def surfaces(volumes: Mapping[str, np.ndarray], elements: Sequence[str], voxel: float) -> Figure:
-    """A row per volume (element, z, y, x), by title; a column per element, and one of all of them together."""
+    """A row per volume (element, z, y, x), by title; a column per element, and one of all of them together. What is
+    too much for one row goes on in the next."""
     columns = [(k,) for k in range(len(elements))] + ([tuple(range(len(elements)))] if len(elements) > 1 else [])
-    figure = Figure(figsize=(2.7 * len(columns) + 0.3, 2.6 * len(volumes) + 0.3), layout="constrained")
-    axes = figure.subplots(len(volumes), len(columns), squeeze=False, subplot_kw={"projection": "3d"})
-    for row, (title, volume) in zip(axes, volumes.items(), strict=True):
+    across = len(columns) if len(columns) <= WIDE else -(-len(columns) // -(-len(columns) // WIDE))
+    lines = -(-len(columns) // across) * len(volumes)
+    figure = Figure(figsize=(2.7 * across + 0.3, 2.6 * lines + 0.3), layout="constrained")
+    axes = figure.subplots(lines, across, squeeze=False, subplot_kw={"projection": "3d"}).reshape(len(volumes), -1)
+    for ax in axes[:, len(columns):].flat:
+        ax.remove()
+    for row, (title, volume) in zip(axes[:, :len(columns)], volumes.items(), strict=True):
         meshes = [surface(each, voxel) for each in volume]
         half = np.array(volume.shape[:0:-1]) * voxel / 2  # x, y, z
         for ax, members in zip(row, columns, strict=True):
@@ -75,7 +81,8 @@ def _box(ax: Any, half: np.ndarray) -> None:
 
 
 def overlay(volumes: Mapping[str, np.ndarray], elements: Sequence[str], voxel: float) -> Figure:
-    """A row per volume (element, z, y, x), by title: its three central planes, the elements' colours added up."""
+    """A row per volume (element, z, y, x), by title: its three central planes, the elements' colours mixed by how much
+    of what it reaches each has there, and as bright as all of them together."""
     ratio = max(volume.shape[1] / volume.shape[2] for volume in volumes.values())
     figure = Figure(figsize=(8.6, 2.8 * len(volumes) * max(1.0, ratio) + 0.5), layout="constrained")
     axes = figure.subplots(len(volumes), len(PLANES), squeeze=False)
@@ -84,9 +91,9 @@ def overlay(volumes: Mapping[str, np.ndarray], elements: Sequence[str], voxel: f
         shares = np.clip(volume / np.where(tops > 0, tops, 1), 0, 1)
         for ax, (words, axis) in zip(row, PLANES.items(), strict=True):
             plane = np.take(shares, shares.shape[axis] // 2, axis)
-            mixed = np.tensordot(np.moveaxis(plane, 0, -1), [to_rgb(COLOURS[k % len(COLOURS)]) for k in
-                                                             range(len(elements))], 1)
-            ax.imshow(np.clip(mixed, 0, 1), origin="lower", interpolation="nearest")
+            colours = [to_rgb(COLOURS[k % len(COLOURS)]) for k in range(len(elements))]
+            mixed = np.tensordot(np.moveaxis(plane, 0, -1), colours, 1) / np.maximum(plane.sum(0), 1)[..., None]
+            ax.imshow(mixed, origin="lower", interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.set_title(words, fontsize=8)
             scale_bar(ax, plane.shape[2], plane.shape[1], voxel)

@@ -47,7 +47,14 @@ def test_a_panel_for_each_element_and_all_of_them_of_each_volume():
     assert len(shape_figures.surfaces({"one": ball(n=16)[None]}, ("Co",), VOXEL).axes) == 1
 
 
-def test_an_overlay_adds_the_colours_of_the_elements_that_are_there():
+def test_many_elements_go_on_in_the_next_row():
+    figure = shape_figures.surfaces({"one": np.stack([ball(n=16)] * 6), "two": np.zeros((6, 16, 16, 16))},
+                                    tuple("ABCDEF"), VOXEL)
+    assert [ax.get_title() for ax in figure.axes] == 2 * [*"ABCDEF", "together"]
+    assert [len(ax.collections) for ax in figure.axes] == [*6 * [1], 6, *7 * [0]]
+
+
+def test_an_overlay_mixes_the_colours_of_the_elements_that_are_there():
     """One element in one half of x, the other in the upper half of z, so that one quarter has both colours."""
     volume = np.zeros((2, 8, 10, 12))
     volume[0, :, :, 6:], volume[1, 4:] = 2.0, 0.5
@@ -59,4 +66,4 @@ def test_an_overlay_adds_the_colours_of_the_elements_that_are_there():
     np.testing.assert_allclose(across[0, 0], 0)
     np.testing.assert_allclose(across[0, -1], first, atol=1e-6)
     np.testing.assert_allclose(across[-1, 0], second, atol=1e-6)
-    np.testing.assert_allclose(across[-1, -1], np.clip(first + second, 0, 1), atol=1e-6)
+    np.testing.assert_allclose(across[-1, -1], (first + second) / 2, atol=1e-6)
