@@ -218,11 +218,10 @@ class _Fold:
         """The deviance of the part left out, at the scale that the training part gives the volume's elements."""
         chem, sensitivity = self.training.chem, sensitivities(solution, self.training)
         factors = solution.fields.get("tilt_factors", 1)
-        fitted = range(chem.tilts)
-        if self.training is self.test:
-            fitted = [tilt for tilt in fitted if tilt not in self.left_out]  # type: ignore[assignment]
-        signal, level = (a[:, list(fitted)] for a in _expected(self.training, volume, sensitivity, factors))
-        scale = heldout.scales(signal, level, chem.projections[:, list(fitted)], chem.units == "counts")
+        unseen = self.left_out if self.training is self.test else ()
+        fitted = [tilt for tilt in range(chem.tilts) if tilt not in unseen]
+        signal, level = (a[:, fitted] for a in _expected(self.training, volume, sensitivity, factors))
+        scale = heldout.scales(signal, level, chem.projections[:, fitted], chem.units == "counts")
         return deviance(self.test, volume, self.exposure * scale * sensitivity, self.left_out, factors)
 
 

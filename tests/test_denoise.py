@@ -121,4 +121,4 @@ def test_what_cannot_be_denoised_is_refused():
     with pytest.raises(DataError, match="below 0"):
         fourier_sparsity(np.ones((32, 32)), -1)
     with pytest.raises(DataError, match="no way to denoise"):
-        denoise(np.ones((32, 32)), Settings("median"))  # type: ignore[arg-type]  # what is not among the methods, on purpose
+        denoise(np.ones((32, 32)), Settings("median"))
