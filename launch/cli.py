@@ -113,11 +113,12 @@ def check(
     tomoatlas check fig4_cocuo --set data.size=128 --memory 16
     """
     from launch import plan
-    from sweeps import settings
+    from sweeps import lookup, settings
     from sweeps.journal import RunError
 
     sweep = settings.load(find(file), changes or [])
     planned = plan.plan(sweep)
+    lookup.check([cost.cell for cost in planned.costs])
     available, where = (int(memory * plan.GIB), "on the device (--memory)") if memory else plan.memory_here(1)
     folder = out or Path("runs") / sweep.name
     refused = list(plan.refusals(planned, available, where, folder))

@@ -162,7 +162,8 @@ def recordings(data: Measured, where: Callable[[str], str] = lambda name: name) 
         try:
             opened[name] = _recording(data, source, count)
         except DataError as error:
-            raise DataError(f"{where(f'data.{name}.path')}: {error}") from None
+            given = "haadf" if data.alone else name  # a HAADF series alone is reconstructed as the one map there is
+            raise DataError(f"{where(f'data.{given}.path')}: {error}") from None
     return opened
 
 
