@@ -22,14 +22,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import coupling, descent, model, pyramid, uncertainty
+from engine import coupling, descent, guide, model, pyramid, uncertainty
 from engine.data import DataError, DataWarning, MultiModal, Solution
 from engine.iterate import Keep, outcomes, settled, solve
 from engine.model import FLOOR, GAIN_STEPS, Problem
@@ -37,7 +37,7 @@ from engine.penalties import Dual, tv_dual, zero_dual
 from engine.sizes import halvings
 
 TERMS = ("model", "chem", "tv", "total")
-BATCHED = ("gamma", "lambda_model", "lambda_chem", "lambda_tv")  # what settings of one batch may differ in
+BATCHED = ("gamma", "lambda_model", "lambda_chem", "lambda_tv", "guide")  # what settings of one batch may differ in
 SLACK = 1e-6  # of the cost: what float32 rounds is no rise
 MEMORY = 0.3  # weight of an iteration in the mean change that ends a solve
 MISTRUST = 1.2  # a pixel whose curvature was this many times the one assumed had a part in a rise
@@ -51,6 +51,8 @@ class Settings:
     coarse: iterations at each coarser size, whose maps are where the finer solve starts: F2's remedy for spurious atoms
     at atomic resolution. 0: it starts from the measured maps.
     weights: the image is linear in (Z x)^gamma (F2), in Z^gamma x, which holds where thickness varies, or in Z x^gamma.
+    guide: how much of a map's gradient along the image's own is free of TV, 0 to 1 (`engine.guide`); 0 is plain TV. For
+    method fused.
     errors: the standard error of every pixel, right for any weights, by F2's Eq. 5 as printed, or none.
     """
 
@@ -62,32 +64,32 @@ class Settings:
     lambda_model: float = 1.0
     lambda_chem: float = 1.0
     lambda_tv: float = 0.1
+    guide: float = 0.0
     coarse: int = 0
     tolerance: float = 1e-6
     missing: tuple[int, ...] | list[int] = ()
     errors: Literal["sandwich", "paper", "none"] = "sandwich"
 
 
+class Pull(NamedTuple):
+    """What the maps' term is at some x: value, signal and slope; and what x scatters."""
+
+    value: jax.Array
+    signal: jax.Array  # (element, 1, y, x), without background
+    slope: jax.Array  # (element, 1, y, x), lambda_chem d KL / d x
+    scatter: jax.Array  # (1, y, x), S(x)
+
+
 class State(NamedTuple):
     """Between two iterations: x, what it would give, and the dual of TV."""
 
     x: jax.Array  # (element, 1, y, x)
-    scatter: jax.Array  # (1, y, x), S(x)
+    pull: Pull
     tv_dual: Dual
     gain: jax.Array
     caution: jax.Array  # (1, y, x), factor of h
     terms: jax.Array  # of the cost, at this gain
     drift: jax.Array  # the mean relative change of the last costs
-
-
-class Pull(NamedTuple):
-    """The smooth terms at some x: the maps' value and signal, both slopes, and the image's precision."""
-
-    value: jax.Array
-    signal: jax.Array  # (element, 1, y, x), without background
-    maps: jax.Array  # (element, 1, y, x), lambda_chem d KL / d x
-    images: jax.Array  # (1, y, x); times S' it is the slope of the image's term
-    precision: jax.Array
 
 
 def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[int] = (),
@@ -105,17 +107,19 @@ def reconstruct(data: MultiModal, settings: Settings, *, checkpoints: Sequence[i
                           inner=settings.inner)
     if data.haadf is not None and (settings.missing or data.sensitivity is None):
         problem = problem._replace(contrast=_fitted(problem))
+    if settings.method == "fused" and settings.guide:
+        problem = _guided(problem, settings.guide)
     begin, advance, extract = solver(settings.method, counts)
     observed = None if observe is None else lambda n, state: observe(n, np.asarray(extract(state)))
     # The short steps of the others are no sign that they have arrived.
     tolerance = settings.tolerance if fused or settings.method == "chem_tv" else 0.0
     kind = (settings.method, counts)
-    begun = _coarse_to_fine(problem, kind, settings.coarse, data) if kind in _REFINE and settings.coarse else (
-        jax.jit(begin)(problem))
+    begun = _coarse_to_fine(problem, kind, settings, data) if kind in _REFINE and settings.coarse else (
+        _compiled(begin)(problem))
     run = solve(advance, problem, begun, settings.iterations, tolerance=tolerance, checkpoints=checkpoints,
                 observe=observed, keep=keep)
     outcome = outcomes(run, 1, tolerance)[0]
-    volume, gain = np.asarray(extract(outcome.state)), float(outcome.state.gain)
+    volume, gain = np.asarray(_compiled(extract)(outcome.state)), float(outcome.state.gain)
     history = {name: outcome.history[:, k] for k, name in enumerate(TERMS)}
     metrics: dict[str, Any] = {"iterations": outcome.iterations, "gain": gain, "cost": float(history["total"][-1])}
     for name in ("sensitivity", "contrast"):
@@ -179,19 +183,19 @@ def _check(data: MultiModal, settings: Settings) -> None:
                       "concentrations are relative to these elements alone", DataWarning, stacklevel=3)
 
 
+@jax.jit
+def _guided(problem: Problem, strength: float) -> Problem:
+    return problem._replace(guide=guide.directions(problem.images, problem.image_noise, strength))
+
+
 def _fitted(problem: Problem) -> jax.Array:
     """(element, 1, 1, 1) contrasts that fit the image best, for elements that stand for others or have no known scale.
 
     From maps smoothed by 2 pixels: the noise of a map looks like a contrast that the image has not. Of elements that go
     together in all of the specimen (Ga and O in Ga2O3) only the sum is determined; the maps alone tell them apart.
     """
-    def smooth(a: jax.Array) -> jax.Array:
-        for axis in 4 * (-1, -2):
-            a = _smoothed(a, axis)
-        return a
-
-    contrast = model.fit_contrast(np.asarray(smooth(problem.images)),
-                                  np.asarray(smooth(problem.start) ** problem.gamma))
+    images, maps = (guide.smoothed(each, 4) for each in (problem.images, problem.start))
+    contrast = model.fit_contrast(np.asarray(images), np.asarray(maps ** problem.gamma))
     return jnp.asarray(contrast / contrast.max(), jnp.float32).reshape(problem.contrast.shape)
 
 
@@ -201,67 +205,63 @@ def start(problem: Problem, *, counts: bool, fused: bool) -> tuple[State, jax.Ar
     Smoothed a little: for gamma > 1 a pixel without counts hears nothing of the image, and would stay without. At
     chemical SNR 1.5 and 3 the cost ended at 2359 and 1545 from the maps as measured, at 1031 and 1046 so (64 x 64).
     """
-    x = jnp.maximum(_smoothed(_smoothed(problem.start, -1), -2), FLOOR)
-    scatter = model.scattering(problem, x)
-    gain = model.fit_gain(problem, scatter, problem.sensitivity * x) if fused else jnp.float32(1)
-    terms = _cost(problem, x, scatter, _pull(problem, x, scatter, gain, counts, fused).value, gain, fused)
-    return settled(State(x, scatter, zero_dual(x), gain, jnp.ones_like(x[0]), terms, jnp.float32(1))), terms
+    x = jnp.maximum(guide.smoothed(problem.start, 1), FLOOR)
+    pull = _pull(problem, x, model.scattering(problem, x), counts)
+    gain = model.fit_gain(problem, pull.scatter, pull.signal) if fused else jnp.float32(1)
+    return _begun(problem, x, pull, gain, fused)
 
 
 def refined(problem: Problem, coarse: State, *, counts: bool, fused: bool) -> tuple[State, jax.Array]:
     """The state before the first iteration, which has the maps of half the resolution, and its cost."""
     x = pyramid.finer_volume(coarse.x, problem)
-    scatter = model.scattering(problem, x)
-    terms = _cost(problem, x, scatter, _pull(problem, x, scatter, coarse.gain, counts, fused).value, coarse.gain, fused)
-    return settled(State(x, scatter, zero_dual(x), coarse.gain, jnp.ones_like(x[0]), terms, jnp.float32(1))), terms
+    return _begun(problem, x, _pull(problem, x, model.scattering(problem, x), counts), coarse.gain, fused)
 
 
-def _coarse_to_fine(problem: Problem, kind: tuple[str, bool], iterations: int,
+def _begun(problem: Problem, x: jax.Array, pull: Pull, gain: jax.Array, fused: bool) -> tuple[State, jax.Array]:
+    terms = _cost(problem, x, pull, gain, fused)
+    return settled(State(x, pull, zero_dual(x), gain, jnp.ones_like(x[0]), terms, jnp.float32(1))), terms
+
+
+def _coarse_to_fine(problem: Problem, kind: tuple[str, bool], settings: Settings,
                     data: MultiModal) -> tuple[State, jax.Array]:
     """What a solve starts from, after a solve at each coarser size."""
     problems = [problem]
     for _ in range(halvings(*data.shape[1:])):
-        problems.append(jax.jit(pyramid.coarser, static_argnums=1)(problems[-1], kind[1]))
-    begun = jax.jit(_START[kind])(problems[-1])
+        coarse = _coarser(problems[-1]._replace(guide=None), kind[1])
+        problems.append(coarse if problem.guide is None else _guided(coarse, settings.guide))
+    begun = _compiled(_START[kind])(problems[-1])
     for coarse, finer in zip(reversed(problems), reversed(problems[:-1])):
-        begun = jax.jit(_REFINE[kind])(finer, solve(_STEP[kind], coarse, begun, iterations).state)
+        begun = _compiled(_REFINE[kind])(finer, solve(_STEP[kind], coarse, begun, settings.coarse).state)
     return begun
 
 
 def step(problem: Problem, state: State, iteration: jax.Array, *, counts: bool,
          fused: bool) -> tuple[State, jax.Array, jax.Array]:
     """One step to the minimiser of the quadratic model, taken if the cost does not rise."""
-    x, gain = state.x, state.gain
-    pull = _pull(problem, x, state.scatter, gain, counts, fused)
+    x, pull, gain = state.x, state.pull, state.gain
     fisher = problem.lambda_chem * problem.sensitivity**2 * precision(problem, pull.signal, counts)
-    block = coupling.Block(x, pull.images, pull.maps, state.caution * fisher, problem.contrast, problem.gamma,
-                           jnp.float32(1), pull.precision, jnp.float32(FLOOR))
-    target, rate = coupling.target(block, state.tv_dual)
-    dual = tv_dual(target, problem.lambda_tv, rate, state.tv_dual, problem.inner, FLOOR, problem.planes)
-    new, scatter = coupling.minimiser(block, dual)
-    ahead = _pull(problem, new, scatter, gain, counts, fused)
-    terms = _cost(problem, new, scatter, ahead.value, gain, fused)
+    rho = model.image_precision(problem, gain) if fused else jnp.float32(0)
+    block = coupling.Block(x, _image_pull(problem, pull, gain, fused), pull.slope, state.caution * fisher,
+                           problem.contrast, problem.gamma, jnp.float32(1), rho, jnp.float32(FLOOR))
+    target, rate = coupling.target(block, guide.steered(state.tv_dual, problem.guide))
+    dual = _raised(problem, target, rate, state.tv_dual)
+    new, scatter = coupling.minimiser(block, guide.steered(dual, problem.guide))
+    ahead = _pull(problem, new, scatter, counts)
+    terms = _cost(problem, new, ahead, gain, fused)
     taken = terms[-1] <= (1 + SLACK) * state.terms[-1]
-    wrong = ~taken & _misjudged(problem, block, pull, ahead, new)
-    caution = jnp.where(wrong, 4 * state.caution, jnp.where(taken, jnp.maximum(FADE * state.caution, 1), state.caution))
+    caution = jax.lax.cond(
+        taken, lambda: jnp.maximum(FADE * state.caution, 1),
+        lambda: jnp.where(_misjudged(problem, block, pull, ahead, new, gain, fused), 4, 1) * state.caution)
     relative = jnp.abs(terms[-1] - state.terms[-1]) / jnp.maximum(state.terms[-1], 1e-20)
     drift = jnp.where(taken, state.drift + MEMORY * (relative - state.drift), state.drift)
-    new, scatter, terms = (jnp.where(taken, a, b) for a, b in (
-        (new, x), (scatter, state.scatter), (terms, state.terms)))
+    new, pull, terms = jax.tree.map(lambda a, b: jnp.where(taken, a, b), (new, ahead, terms), (x, pull, state.terms))
     if fused:
-        refit = iteration < GAIN_STEPS
-        gain = jnp.where(refit, model.fit_gain(problem, scatter, problem.sensitivity * new), gain)
-        terms = jnp.where(refit, _cost(problem, new, scatter, terms[1], gain, fused), terms)
-        drift = jnp.where(refit, 1.0, drift)
-    return State(new, scatter, dual, gain, caution, terms, drift), terms, drift
+        def refitted() -> tuple[jax.Array, jax.Array, jax.Array]:
+            fitted = model.fit_gain(problem, pull.scatter, pull.signal)
+            return fitted, _cost(problem, new, pull, fitted, fused), jnp.float32(1)
 
-
-def _smoothed(maps: jax.Array, axis: int) -> jax.Array:
-    """Maps after a binomial filter of standard deviation 1 pixel along an axis, the last pixels repeated."""
-    count = maps.shape[axis]
-    index = jnp.arange(count)
-    return sum((weight / 16 * jnp.take(maps, jnp.clip(index + k, 0, count - 1), axis)
-                for k, weight in zip(range(-2, 3), (1, 4, 6, 4, 1))), start=jnp.float32(0))
+        gain, terms, drift = jax.lax.cond(iteration < GAIN_STEPS, refitted, lambda: (gain, terms, drift))
+    return State(new, pull, dual, gain, caution, terms, drift), terms, drift
 
 
 def precision(problem: Problem, signal: jax.Array, counts: bool) -> jax.Array:
@@ -271,30 +271,44 @@ def precision(problem: Problem, signal: jax.Array, counts: bool) -> jax.Array:
     return model.poisson_curvature(signal + problem.background)
 
 
-def _pull(problem: Problem, x: jax.Array, scatter: jax.Array, gain: jax.Array, counts: bool, fused: bool) -> Pull:
+def _pull(problem: Problem, x: jax.Array, scatter: jax.Array, counts: bool) -> Pull:
     signal = problem.sensitivity * x
     value, slope = model.likelihood(problem, signal + problem.background, counts)
-    images, weight = jnp.zeros_like(x[0]), jnp.float32(0)
-    if fused:
-        weight = model.image_precision(problem, gain)
-        images = weight * (scatter - problem.images / gain)
-    return Pull(value, signal, problem.lambda_chem * problem.sensitivity * slope, images, weight)
+    pull = Pull(value, signal, problem.lambda_chem * problem.sensitivity * slope, scatter)
+    return jax.lax.optimization_barrier(pull)  # or XLA would make it anew in all that reads it
 
 
-def _cost(problem: Problem, x: jax.Array, scatter: jax.Array, value: jax.Array, gain: jax.Array,
-          fused: bool) -> jax.Array:
-    return model.cost_terms(problem, x, scatter if fused else None, value, gain)
+def _image_pull(problem: Problem, pull: Pull, gain: jax.Array, fused: bool) -> jax.Array:
+    """(1, y, x): times S' it is the slope of the image's term."""
+    if not fused:
+        return jnp.zeros_like(pull.scatter)
+    return model.image_precision(problem, gain) * (pull.scatter - problem.images / gain)
 
 
-def _misjudged(problem: Problem, block: coupling.Block, pull: Pull, ahead: Pull, new: jax.Array) -> jax.Array:
+def _raised(problem: Problem, target: jax.Array, rate: jax.Array, dual: Dual) -> Dual:
+    """TV's dual after a few steps."""
+    if problem.guide is None:
+        return tv_dual(target, problem.lambda_tv, rate, dual, problem.inner, FLOOR, problem.planes)
+    return guide.tv_dual(target, problem.lambda_tv, rate, dual, problem.inner, jnp.float32(FLOOR), problem.guide)
+
+
+def _cost(problem: Problem, x: jax.Array, pull: Pull, gain: jax.Array, fused: bool) -> jax.Array:
+    return model.cost_terms(problem, x, pull.scatter if fused else None, pull.value, gain)
+
+
+def _misjudged(problem: Problem, block: coupling.Block, pull: Pull, ahead: Pull, new: jax.Array, gain: jax.Array,
+               fused: bool) -> jax.Array:
     """(1, y, x) where the slope has changed by more, along the step, than the quadratic model says."""
     move = new - block.x
     before, after = (model.scattering_slope(problem, x) for x in (block.x, new))
-    changed = (move * (ahead.maps - pull.maps + after * ahead.images - before * pull.images)).sum(0)
+    images = _image_pull(problem, ahead, gain, fused)
+    changed = (move * (ahead.slope - pull.slope + after * images - before * block.images)).sum(0)
     own = block.bound + (block.gamma - 1) * jnp.maximum(before * block.images, 0) / block.x
     return changed > MISTRUST * ((own * move**2).sum(0) + block.rho * (before * move).sum(0) ** 2)
 
 
+_compiled = cache(jax.jit)  # wrapping anew at each call took longer than the smallest maps' steps
+_coarser = jax.jit(pyramid.coarser, static_argnums=1)
 _KINDS = [(name, counts) for name in ("fused", "chem_tv") for counts in (True, False)]
 _START = {(name, counts): partial(start, counts=counts, fused=name == "fused") for name, counts in _KINDS}
 _REFINE = {(name, counts): partial(refined, counts=counts, fused=name == "fused") for name, counts in _KINDS}

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine import coupling, sharding
+from engine import coupling, guide, sharding
 from engine.data import MultiModal
 from engine.losses import least_squares, poisson, poisson_curvature
 from engine.penalties import total_variation
@@ -52,6 +52,7 @@ class Problem(NamedTuple):
     lambda_tv: jax.Array
     inner: jax.Array  # steps of the TV proximal operator
     planes: jax.Array  # how many exist along x, all slabs together
+    guide: jax.Array | None = None  # (2, 1, y, x), where the image steers TV (`engine.guide`)
 
 
 class Chemistry(NamedTuple):
@@ -207,7 +208,8 @@ def cost_terms(problem: Problem, x: jax.Array, projected: jax.Array | None, chem
     if projected is not None:
         misfit = sharding.total((image_seen(problem) * (projected - problem.images / gain) ** 2).sum()) / 2
         model_term = misfit * (gain / problem.image_noise) ** 2
-    tv = total_variation(x, problem.planes).sum()
+    tv = (total_variation(x, problem.planes) if problem.guide is None else
+          guide.total_variation(x, problem.guide)).sum()
     total = problem.lambda_model * model_term + problem.lambda_chem * chem + problem.lambda_tv * tv
     return jnp.stack([model_term, chem, tv, total])
 

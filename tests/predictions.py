@@ -15,25 +15,28 @@ from sweeps import trial
 
 FLOORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # counts in an empty pixel of the raw map
 WIDTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0)  # [pixels]
-TV = tuple(float(x) for x in np.geomspace(1, 60, 11))
-MODEL = tuple(float(x) for x in np.geomspace(1e-6, 1.0, 7))
+TV = tuple(float(x) for x in np.geomspace(2, 200, 11))
+MODEL = tuple(float(x) for x in np.geomspace(1e-6, 1e-1, 6))
 
 
 @dataclass(frozen=True)
 class Best:
-    """Deviance per pixel of unseen counts at the strength where it is least; each fold, for paired comparisons."""
+    """Deviance per pixel of unseen counts at the strength where it is least; of each parting, for paired comparisons.
+
+    A parting's is the mean over its folds, in which every count is unseen once.
+    """
 
     strength: str
-    folds: np.ndarray
+    partings: np.ndarray
 
     @property
     def mean(self) -> float:
-        return float(self.folds.mean())
+        return float(self.partings.mean())
 
 
-def compared(data: MultiModal, settings: Settings, folds: int = 4, seed: int = 0) -> dict[str, Best]:
-    """The best of each method on the same parts of the counts."""
-    parts = heldout.thinned(data, folds, seed)
+def compared(data: MultiModal, settings: Settings, folds: int = 4, partings: int = 4) -> dict[str, Best]:
+    """The best of each method on the same parts of the counts, which are parted anew several times."""
+    parts = [part for seed in range(partings) for part in heldout.thinned(data, folds, seed)]
     share = 1 / (folds - 1)
 
     def best(strengths: Sequence[object], predict: Callable[[MultiModal, object], np.ndarray]) -> Best:
@@ -45,12 +48,12 @@ def compared(data: MultiModal, settings: Settings, folds: int = 4, seed: int = 0
                 expected = np.maximum(expected, heldout.FAINT * expected.mean((1, 2, 3), keepdims=True))
                 scores.append(metrics.poisson_deviance(test.chem.projections, expected) / expected.size)
             words = ", ".join(f"{x:.3g}" for x in np.atleast_1d(strength))  # type: ignore[arg-type]
-            found.append(Best(words, np.array(scores)))
+            found.append(Best(words, np.reshape(scores, (partings, folds)).mean(1)))
         return min(found, key=lambda each: each.mean)
 
-    def solved(training: MultiModal, method: str, weights: tuple[float, float]) -> np.ndarray:
+    def solved(training: MultiModal, method: str, weights: tuple[float, float], guide: float = 0.0) -> np.ndarray:
         given = replace(settings, method=method, lambda_model=weights[0], lambda_tv=weights[1],  # type: ignore[arg-type]
-                        errors="none")
+                        guide=guide, errors="none")
         solution = fused2d.reconstruct(training, given)
         sensitivity = trial.sensitivities(solution, training)[:, None, None, None]
         return sensitivity * solution.volume + training.chem.background
@@ -60,6 +63,8 @@ def compared(data: MultiModal, settings: Settings, folds: int = 4, seed: int = 0
         "Gaussian": best(WIDTHS, lambda training, width: gaussian_filter(
             training.chem.projections, (0, 0, width, width), mode="nearest")),
         "TV alone": best([(1.0, tv) for tv in TV], lambda training, pair: solved(training, "chem_tv", pair)),
-        "fused": best([(model, tv) for model in MODEL for tv in TV],
-                      lambda training, pair: solved(training, "fused", pair)),
+        "fused, TV": best([(model, tv) for model in MODEL for tv in TV],
+                          lambda training, pair: solved(training, "fused", pair)),
+        "fused, guided TV": best([(model, tv) for model in MODEL for tv in TV],
+                                 lambda training, pair: solved(training, "fused", pair, settings.guide)),
     }

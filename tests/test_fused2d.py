@@ -46,16 +46,16 @@ def error(solution, data):
 @partial(jax.jit, static_argnums=3)
 def smooth_cost(problem, x, gain, counts):
     """The two smooth terms with their weights."""
-    pull = fused2d._pull(problem, x, model.scattering(problem, x), gain, counts, True)
-    terms = fused2d._cost(problem, x, model.scattering(problem, x), pull.value, gain, True)
+    pull = fused2d._pull(problem, x, model.scattering(problem, x), counts)
+    terms = fused2d._cost(problem, x, pull, gain, True)
     return problem.lambda_model * terms[0] + problem.lambda_chem * terms[1]
 
 
 @partial(jax.jit, static_argnums=3)
 def slope(problem, x, gain, counts):
     """Its gradient as the solver takes it."""
-    pull = fused2d._pull(problem, x, model.scattering(problem, x), gain, counts, True)
-    return pull.maps + model.scattering_slope(problem, x) * pull.images
+    pull = fused2d._pull(problem, x, model.scattering(problem, x), counts)
+    return pull.slope + model.scattering_slope(problem, x) * fused2d._image_pull(problem, pull, gain, True)
 
 
 @pytest.mark.parametrize("counts", [True, False])
@@ -295,9 +295,8 @@ def test_a_coarser_problem_has_the_same_costs(counts):
     fine = problem._replace(maps=maps, images=jnp.kron(coarse.images, jnp.ones((1, 2, 2))))
     costs = []
     for each, x in ((fine, even), (coarse, stripes)):
-        scatter = model.scattering(each, x)
-        pull = fused2d._pull(each, x, scatter, jnp.float32(0.9), counts, True)
-        terms = fused2d._cost(each, x, scatter, pull.value, jnp.float32(0.9), True)
+        pull = fused2d._pull(each, x, model.scattering(each, x), counts)
+        terms = fused2d._cost(each, x, pull, jnp.float32(0.9), True)
         costs.append([float(each.lambda_model * terms[0]), float(each.lambda_chem * terms[1]),
                       float(each.lambda_tv * terms[2])])
     assert costs[0] == pytest.approx(costs[1], rel=1e-4)
