@@ -49,8 +49,8 @@ def tv_dual(volume: jax.Array, weight: jax.Array, metric: jax.Array, dual: Dual,
     most = metric
     for axis in (-2, -1):
         most = jnp.maximum(most, jnp.roll(metric, -1, axis))
-    # Four differences meet in a pixel of a plane; steering shortens, so that the bound holds with it.
-    rate = jax.lax.optimization_barrier(RELAX / (4 * (metric + most)))
+    # Steering shortens, so that the bound of plain TV holds with it.
+    rate = jax.lax.optimization_barrier(RELAX / (penalties.meeting(1) * (metric + most)))
 
     def step(_: int, field: Dual) -> Dual:
         slope = steered(penalties.gradient(penalties.primal(volume, metric, steered(field, guide), floor)), guide)
