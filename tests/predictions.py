@@ -15,7 +15,7 @@ from sweeps import trial
 
 FLOORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # counts in an empty pixel of the raw map
 WIDTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0)  # [pixels]
-TV = tuple(float(x) for x in np.geomspace(2, 200, 11))
+TV = tuple(float(x) for x in np.geomspace(2, 400, 12))
 MODEL = tuple(float(x) for x in np.geomspace(1e-6, 1e-1, 6))
 
 
