@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from engine import penalties
-from engine.penalties import RELAX, Dual
+from engine.penalties import Dual
 
 WIDTH = 4  # binomial filters of one pixel's standard deviation before differences are taken
 CLEAR = 3.0  # times its noise: a gradient of the image that gives a direction
@@ -50,7 +50,7 @@ def tv_dual(volume: jax.Array, weight: jax.Array, metric: jax.Array, dual: Dual,
     for axis in (-2, -1):
         most = jnp.maximum(most, jnp.roll(metric, -1, axis))
     # Steering shortens, so that the bound of plain TV holds with it.
-    rate = jax.lax.optimization_barrier(RELAX / (penalties.meeting(1) * (metric + most)))
+    rate = jax.lax.optimization_barrier(penalties.relaxation(1) / (6 * (metric + most)))
 
     def step(_: int, field: Dual) -> Dual:
         slope = steered(penalties.gradient(penalties.primal(volume, metric, steered(field, guide), floor)), guide)

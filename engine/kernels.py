@@ -123,11 +123,11 @@ def couple(block: Block, dual: Field, edge: jax.Array, *, final: bool, interpret
 
 def _tv_step(volume: jax.Array, metric: jax.Array, field: Field, numbers: jax.Array, interpret: bool) -> Field:
     """One step on the dual, into new memory, since neighbours read the old one. numbers: weight, floor, low, high."""
-    from engine.penalties import RELAX, meeting
+    from engine.penalties import relaxation
 
     nz, ny, nx = volume.shape[-3:]
     width = _width(nx, nz * ny, _X)
-    body = partial(_tv_rows, shape=(nz, ny, nx), width=width, relax=RELAX / meeting(nz))
+    body = partial(_tv_rows, shape=(nz, ny, nx), width=width, relax=relaxation(nz))
     call = _kernel(body, (-(-nx // width), -(-ny // _TV_Y), -(-nz // _TV_Z)), interpret)
 
     def one(volume: jax.Array, metric: jax.Array, field: Field) -> Field:
@@ -270,7 +270,7 @@ def _tv_rows(numbers: Any, volume: Any, metric: Any, *refs: Any, shape: tuple[in
         to = tuple(int(axis == k) for k in range(3))
         most = jnp.maximum(most, tile.read(metric, *to))
         slopes.append(jnp.where(crossed[axis], primal(*to) - u, 0.0))
-    rate = relax / (step + most)
+    rate = relax / (6 * (step + most))
     raised = [d + rate * s for d, s in zip(here, slopes)]
     square = raised[0] * raised[0] + raised[1] * raised[1] + raised[2] * raised[2]
     shrink = jnp.minimum(1.0, weight * jax.lax.rsqrt(jnp.maximum(square, 1e-36)))

@@ -98,11 +98,11 @@ def prox_tv(volume: jax.Array, metric: jax.Array, dual: Field, weight: jax.Array
     import jax
     import jax.numpy as jnp
 
-    from engine.penalties import RELAX
+    from engine.penalties import relaxation
 
-    flat = (-1, *volume.shape[-3:])
+    flat, relax = (-1, *volume.shape[-3:]), relaxation(volume.shape[-3])
     shape = jax.ShapeDtypeStruct(volume.reshape(flat).shape, jnp.float32)
-    numbers, integers = jnp.stack([weight, floor, jnp.float32(RELAX)]), jnp.stack([steps, low, high])
+    numbers, integers = jnp.stack([weight, floor, jnp.float32(relax)]), jnp.stack([steps, low, high])
     arrays = (a.reshape(flat).astype(jnp.float32) for a in (volume, metric, *dual))
     # The dual is raised in the memory it lies in: else a solve's loop would copy it in every iteration.
     results = _call(_HANDLERS[2], (shape,) * (3 if dual_only else 4), *arrays, numbers, integers,

@@ -138,7 +138,7 @@ def prox_tv_reference(volume: jax.Array, metric: jax.Array, dual: Field, weight:
                                                          dual_only=dual_only), (volume, metric, dual))
     ahead = [_shifted(metric, axis, 1) for axis in _AXES]
     most = jnp.maximum(jnp.maximum(ahead[0], ahead[1]), jnp.maximum(ahead[2], metric))
-    rate = RELAX / (meeting(len(volume)) * (metric + most))
+    rate = relaxation(len(volume)) / (6 * (metric + most))
 
     def step(_: int, field: Dual) -> Dual:
         slope = gradient(primal(volume, metric, field, floor), (low, high))
@@ -151,9 +151,9 @@ def prox_tv_reference(volume: jax.Array, metric: jax.Array, dual: Field, weight:
     return None if dual_only else primal(volume, metric, field, floor), (z, y, x)
 
 
-def meeting(depth: int) -> int:
-    """How many differences a voxel has a part in, in a volume of so many planes along z."""
-    return 6 if depth > 1 else 4
+def relaxation(depth: int) -> float:
+    """RELAX for a volume of so many planes along z, whose voxels have a part in 6 differences; in a plane it is 4."""
+    return RELAX if depth > 1 else RELAX * 6 / 4
 
 
 def primal(volume: jax.Array, metric: jax.Array, dual: Dual, floor: jax.Array) -> jax.Array:

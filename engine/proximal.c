@@ -47,10 +47,10 @@ static void primal_row(const Variation *v, const Slab *s, size z, size y, const 
     u[0] = first < floor ? floor : first;
 }
 
-/* relax / (6 (metric here + the largest here and behind)), the step size of a plane's dual; 4 if there is but one. */
+/* relax / (6 (metric here + the largest here and behind)), the step size of a plane's dual. */
 static void rate_plane(const Variation *v, size z, const float *zeros, float *rate) {
     const size nx = v->nx;
-    const float relax = v->relax / (v->nz > 1 ? 6 : 4);
+    const float relax = v->relax / 6;
     for (size y = 0; y < v->ny; y++) {
         const float *m = v->metric + (z * v->ny + y) * nx;
         const float *m_z = z < v->nz - 1 ? m + v->ny * nx : zeros, *m_y = y < v->ny - 1 ? m + nx : zeros;

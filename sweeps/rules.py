@@ -117,8 +117,6 @@ def _flat(sweep: Sweep) -> Iterator[Problem]:
                 yield ("data", name), f"fused2d takes one image and one map per element, not {getattr(data, name)}"
     if solver.method in ("ml", "sirt"):
         yield ("solver", "method"), f"{solver.method} is for tomography: at one angle the maps are its answer already"
-    if solver.guide and solver.method != "fused":
-        yield ("solver", "guide"), f"{solver.method} does not see the image; leave it out, or write method: fused"
     for name, wanted in (("devices", 1), ("dual_bits", 32), ("error_probes", 16), ("tilts", "as_measured")):
         if getattr(solver, name) != wanted:
             yield ("solver", name), f"is for fused3d alone; leave it out, or write {name}: {wanted}"

@@ -132,8 +132,8 @@ class Fused3D(Model):
     lambda_chem: Weight = setting(1.0, "-", "weight of the chemical term; 1 is maximum likelihood")
     lambda_tv: Weight = setting(0.1, "-", "weight of total variation")
     guide: Share = setting(
-        0.0, "-", "fused2d: how much of a map's gradient is free of total variation where it runs along the image's, "
-        "0 (F2's) to 1; .9 suits what varies in thickness")
+        0.0, "-", "fused2d, method fused: how much of a map's gradient is free of total variation where it runs along "
+        "the image's, 0 (F2's) to 1; .9 suits what varies in thickness")
     tolerance: float = setting(
         1e-3, "-", "fused: mean relative change of the cost over some iterations that ends the solve; 0: never", ge=0)
     dual_bits: Literal[32, 16] = setting(

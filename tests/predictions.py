@@ -16,7 +16,7 @@ from sweeps import trial
 FLOORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # counts in an empty pixel of the raw map
 WIDTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0)  # [pixels]
 TV = tuple(float(x) for x in np.geomspace(2, 400, 12))
-MODEL = tuple(float(x) for x in np.geomspace(1e-6, 1e-1, 6))
+MODEL = tuple(float(x) for x in np.geomspace(1e-6, 1e-2, 5))
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,13 @@ class Best:
         return float(self.partings.mean())
 
 
-def compared(data: MultiModal, settings: Settings, folds: int = 4, partings: int = 4) -> dict[str, Best]:
-    """The best of each method on the same parts of the counts, which are parted anew several times."""
+def compared(data: MultiModal, settings: Settings, *, folds: int = 4, partings: int = 4, tv: Sequence[float] = TV,
+             model: Sequence[float] = MODEL) -> dict[str, Best]:
+    """The best of each method on the same parts of the counts, which are parted anew several times.
+
+    tv, model: the weights of total variation and of the image that are tried.
+    """
+    pairs = [(image, weight) for image in model for weight in tv]
     parts = [part for seed in range(partings) for part in heldout.thinned(data, folds, seed)]
     share = 1 / (folds - 1)
 
@@ -62,9 +67,7 @@ def compared(data: MultiModal, settings: Settings, folds: int = 4, partings: int
         "raw map": best(FLOORS, lambda training, floor: np.maximum(training.chem.projections, floor)),
         "Gaussian": best(WIDTHS, lambda training, width: gaussian_filter(
             training.chem.projections, (0, 0, width, width), mode="nearest")),
-        "TV alone": best([(1.0, tv) for tv in TV], lambda training, pair: solved(training, "chem_tv", pair)),
-        "fused, TV": best([(model, tv) for model in MODEL for tv in TV],
-                          lambda training, pair: solved(training, "fused", pair)),
-        "fused, guided TV": best([(model, tv) for model in MODEL for tv in TV],
-                                 lambda training, pair: solved(training, "fused", pair, settings.guide)),
+        "TV alone": best([(1.0, weight) for weight in tv], lambda training, pair: solved(training, "chem_tv", pair)),
+        "fused, TV": best(pairs, lambda training, pair: solved(training, "fused", pair)),
+        "fused, guided TV": best(pairs, lambda training, pair: solved(training, "fused", pair, settings.guide)),
     }

@@ -157,7 +157,7 @@ def test_check_opens_a_measured_spectrum_image():
         pytest.skip("the measured file, or its reader, is not here")
     code, out, _ = told("check", "fused2d_measured", "--set", f"data.root={data}")
     assert code == 0 and "data.chem   5 elements, 1 projections" in out
-    assert "1 x 64 x 25 voxels" in out and "of 0.771 nm" in out
+    assert "1 x 64 x 64 voxels" in out and "of 0.771 nm" in out
 
 
 def test_plan_counts_solves_of_folds_and_bytes_of_volumes():

@@ -23,7 +23,7 @@ from sweeps.search import searches
 from tests.coordinate import coordinate, sweep
 from tests.test_workers import MPIEXEC, needs_mpi
 
-KILLS = int(os.environ.get("TOMOATLAS_KILLS", 40))  # of workers, coordinators and both; a hundred take minutes
+KILLS = int(os.environ.get("TOMOATLAS_KILLS", 30))  # of workers, coordinators and both; a hundred take minutes
 
 
 def events(folder, *kinds):

@@ -27,6 +27,8 @@ def test_the_template_of_fused2d_loads_with_its_own_defaults(tmp_path: Path) -> 
     ("fused2d", "solver", {"devices": 2}, "is for fused3d alone"),
     ("fused3d", "data", {"phantom": "ga2o3"}, "ga2o3 is a map; write system: fused2d"),
     ("fused3d", "solver", {"missing": [83]}, "is for fused2d alone"),
+    ("fused3d", "solver", {"guide": 0.9}, "is for fused2d alone"),
+    ("fused2d", "solver", {"guide": 1.2}, "is a share, from 0 to 1"),
     ("fused3d", "output", {"shares": {"peaks": 2}}, "is for fused2d alone"),
     ("fused2d", "output", {"shares": {"mask": "m.npy"}}, "is for measured data alone"),
 ])

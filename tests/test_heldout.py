@@ -112,7 +112,8 @@ def test_measured_counts_are_predicted_better_than_by_the_raw_map_by_smoothing_a
     """Each at its best strength, on the same parts; in standard errors of the paired difference over the partings."""
     sweep = settings.load(resources.configs()["fused2d_measured"], [f"data.root={BCF.parent}"])
     fixed = settings.replace(sweep, {"solver.lambda_model": 1.0, "solver.lambda_tv": 0.1})
-    found = predictions.compared(stages.measured_data(sweep.data, flat=True), trial.solver_settings(fixed), partings=2)
+    found = predictions.compared(stages.measured_data(sweep.data, flat=True), trial.solver_settings(fixed), partings=2,
+                                 tv=(8.0, 12.6, 40.0, 120.0), model=(1e-5, 1e-3))
     for name in ("raw map", "Gaussian", "TV alone", "fused, TV"):
         apart = found[name].partings - found["fused, guided TV"].partings
         assert apart.min() > 0, name

@@ -349,7 +349,7 @@ def test_settings_that_are_wrong_do_not_fail_their_batch(tmp_path):
 
 def test_settings_of_the_solver_are_those_of_the_yaml():
     yaml, engine = Fused3D().model_dump(), {field.name: field.default for field in fields(fused3d.Settings)}
-    assert set(yaml) - set(engine) == {"record", "missing"}
+    assert set(yaml) - set(engine) == {"record", "missing", "guide"}
     assert {name: yaml[name] for name in engine} == engine
     assert trial.solver_settings(settings()) == fused3d.Settings(iterations=10, lambda_tv=0.3)
     assert trial.solver_settings(flat(solver__missing="[83]")) == fused2d.Settings(
