@@ -13,6 +13,7 @@ minimises, by the operators of the 3D solver (`engine.coupling`, `engine.penalti
     <slope, u> + TV  +  sum_i h_i (u_i - x_i)^2 / 2  +  P (S'(x) . (u - x))^2 / 2          over u >= floor
 
 with h the Fisher information of the maps, P = lambda_model gain^2 / sigma^2 the image's, and S(x) = sum c_i x_i^gamma.
+TV is F2's or, with `guide`, knows the image's edges (`engine.guide`).
 The cost never rises: a step that would raise it is not taken, but the dual of TV is kept, so that the next one is
 closer to the minimiser; where the pixel's own curvature was the cause, h grows there.
 """
