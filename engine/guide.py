@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from engine import penalties
 from engine.penalties import Dual
 
-# From 2 to 8 and from 1 to 6, NRMSE of the specimens of engine.phantoms2d changed by a tenth or so; strength .8: a sixth.
+# From 2 to 8 and from 1 to 6, NRMSE of the specimens of engine.phantoms2d changed by a tenth or so.
 WIDTH = 4  # binomial filters of one pixel's standard deviation before differences are taken
 CLEAR = 3.0  # times its noise: a gradient of the image that gives a direction
 
