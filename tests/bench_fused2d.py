@@ -147,7 +147,7 @@ def large_maps() -> list[str]:
     data = specimen(LARGE, 5.0, ("coscoo", "ga2o3"))
     rows = ["| TV | tolerance | iterations | wall s | CPU s | ms per iteration | with standard errors, wall s |",
             "|" + "---|" * 7]
-    for guide, tolerance in itertools.product(GUIDES, (1e-4, 1e-5)):
+    for guide, tolerance in ((0.0, 1e-4), (0.0, 1e-5), (0.9, 1e-4)):
         given = Settings(weights="z_gamma_linear", lambda_tv=20.0 if guide else 0.3, guide=guide, tolerance=tolerance,
                          errors="none")
         fused2d.reconstruct(data, given)
