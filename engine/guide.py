@@ -25,7 +25,7 @@ def directions(image: jax.Array, noise: jax.Array, strength: jax.Array | float) 
     slope = penalties.gradient(smooth)
     # Of white noise after a Gaussian of variance v: noise^2 / (8 pi v^2) per direction.
     least = CLEAR * noise / (jnp.sqrt(8 * jnp.pi) * WIDTH)
-    length = jnp.sqrt(slope.y**2 + slope.x**2 + least**2)
+    length = jnp.maximum(jnp.sqrt(slope.y**2 + slope.x**2 + least**2), 1e-20)  # an image may be told to have no noise
     return jnp.sqrt(jnp.float32(strength)) * jnp.stack([slope.y, slope.x]) / length
 
 

@@ -38,6 +38,29 @@ def test_simulated_workers_keep_the_contract(check, tmp_path):
     contract.SIMULATED[check](contract.simulated, tmp_path)
 
 
+@pytest.mark.parametrize("wrong", ["another trial", "no answer", "another worker"])
+def test_the_contract_is_not_kept_by_workers_that_answer_wrongly(wrong, tmp_path):
+    """What the contract's functions assert can fail: for workers of every kind they are the same functions."""
+    def make(evaluate):
+        crew = contract.simulated(evaluate)
+        answered = crew.poll
+
+        def poll(timeout):
+            found = answered(timeout)
+            if wrong == "no answer":
+                return [dataclasses.replace(event, lost="is gone", results=None) for event in found]
+            if wrong == "another worker":
+                return [dataclasses.replace(event, worker="nobody") for event in found]
+            return [dataclasses.replace(event, results=[each | {"trial": each["trial"] + 1} for each in event.results])
+                    for event in found]
+
+        crew.poll = poll
+        return crew
+
+    with pytest.raises((AssertionError, KeyError)):
+        contract.every_message_is_answered_by_its_worker(make, tmp_path)
+
+
 def test_the_clock_goes_on_while_work_is_done_and_jumps_over_waiting():
     clock = Clock()
     before = clock.time()

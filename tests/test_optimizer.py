@@ -72,7 +72,16 @@ def test_asking_changes_nothing_and_depends_only_on_what_it_is_given():
 
 
 def test_no_two_trials_are_the_same_with_eight_in_flight():
-    search(Optimizer(SPACE, 2, 8), bowl, 2, trials=18)  # asserts it
+    asked = []
+
+    class Noted(Optimizer):
+        def ask(self, pending, trial):
+            asked.append(super().ask(pending, trial))
+            assert all(params in asked for params in pending) and len(pending) <= 8
+            return asked[-1]
+
+    values, _ = search(Noted(SPACE, 2, 8), bowl, 2, trials=18)
+    assert len(asked) == len({tuple(sorted(params.items())) for params in asked}) == len(values) == 18
 
 
 @pytest.mark.parametrize("space, size", [
